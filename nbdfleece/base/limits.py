@@ -1,0 +1,58 @@
+"""Every bound of the program: what it is, and why it is that.
+
+Whatever a peer can make longer, more or slower has its line here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from nbdfleece.base.units import GiB, KiB, MiB
+
+# --- NBD handshake ---------------------------------------------------------------------------
+MAX_STRING: Final = 4096  # bytes of a name, description, query or error text (NBD: string)
+MAX_OPTION_LENGTH: Final = 8 * MiB  # no legal option needs more: 1024 queries of 4100 bytes
+MAX_OPTIONS: Final = 256  # per connection, besides MAX_OPTIONS_PER_EXPORT per export
+MAX_OPTIONS_PER_EXPORT: Final = 4  # nbdinfo --list asks twice for each
+MAX_META_QUERIES: Final = 1024  # more: NBD_REP_ERR_TOO_BIG
+MAX_META_DATA: Final = 1 * MiB  # bytes of one meta context option; more: NBD_REP_ERR_TOO_BIG
+MAX_OPTION_REPLIES: Final = 65536  # that our client takes for one option: exports of a LIST
+HANDSHAKE_TIMEOUT_S: Final = 10.0  # greeting to transmission; the default of QEMU 9.1
+MAX_ERROR_TEXT: Final = 900  # QEMU's client drops chunks above 1000 bytes
+
+# --- NBD transmission ------------------------------------------------------------------------
+MAX_PAYLOAD: Final = 32 * MiB  # advertised maximum of READ and WRITE
+MAX_STRUCTURED_READ: Final = 64 * MiB  # one READ sent in chunks; longer: NBD_EOVERFLOW
+MAX_DRAINED_PAYLOAD: Final = 64 * MiB  # a WRITE up to this is read, dropped and refused
+MAX_REQUESTS_IN_FLIGHT: Final = 128  # per connection; then we stop reading the socket
+MAX_BYTES_IN_FLIGHT: Final = 64 * MiB  # write payloads per connection; then likewise
+MAX_STATUS_EXTENTS: Final = 131072  # extents of one BLOCK_STATUS chunk: 1 MiB
+MAX_EXTENT_LENGTH: Final = 4 * GiB - 64 * KiB  # a 32-bit extent, kept aligned
+WRITE_STALL_S: Final = 300.0  # a client that takes no byte of a reply for so long is dropped
+
+# --- server ----------------------------------------------------------------------------------
+MAX_CONNECTIONS: Final = 256  # over all listeners; --max-connections
+LISTEN_BACKLOG: Final = 128
+ACCEPT_RETRY_S: Final = 0.2  # pause when there are no descriptors for a new connection
+SHUTDOWN_HANDSHAKE_S: Final = 1.0  # a client that haggles at shutdown may hear ERR_SHUTDOWN so long
+DRAIN_TIMEOUT_S: Final = 20.0  # shutdown waits this long for requests in flight
+ABORT_TIMEOUT_S: Final = 1.0  # and then for connections that were cut off
+
+# --- datapath --------------------------------------------------------------------------------
+READ_PIECE: Final = 256 * KiB  # bytes read and sent at once: fits the second-level cache
+FILE_THREADS: Final = 16  # per file: reads that miss the page cache, syncs, holes
+ZERO_PIECE: Final = 4 * MiB  # zeroes written at once where the file has no better way
+
+# --- block graph and fleecing ----------------------------------------------------------------
+MAX_NODE_NAME: Final = 31  # as QEMU
+MAX_DISK_NAME: Final = 64
+MIN_CLUSTER: Final = 4 * KiB  # unit of copy-before-write where the target sets none
+COPY_PIECE: Final = 1 * MiB  # bytes of old data copied at once
+MAX_COPIES_IN_FLIGHT: Final = 64  # pieces per copy-before-write node
+MAX_SIZE: Final = (1 << 63) - 1  # of a node: sizes from 2^63 break clients (CVE-2023-5215)
+
+# --- QMP -------------------------------------------------------------------------------------
+MAX_QMP_MESSAGE: Final = 16 * MiB  # bytes of one request
+MAX_QMP_DEPTH: Final = 64  # nested objects and arrays
+MAX_QMP_QUEUE: Final = 1024  # events waiting for one slow monitor, then the oldest go
+MAX_QMP_MONITORS: Final = 64

@@ -1,0 +1,192 @@
+"""What a driver is: the behaviour of a node. The contract text of every verb lives here.
+
+A driver never calls another driver. It calls the node behind one of its children
+(`self.node.file.node.read(...)`), and `block.node` does bounds, counting and dirty marks.
+
+Rules for every verb
+  - Ranges lie inside the node and are not empty; `block.node` has checked that.
+  - It runs to its end: request code is never cancelled. It may await futures of its own loop, and
+    nothing that needs a current task (no asyncio.timeout, no TaskGroup), because the datapath
+    steps request coroutines by hand.
+  - It raises IoError and nothing else. After an error the content of the range is undefined, except
+    where a driver promises more.
+"""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from nbdfleece.base.errors import IoError
+from nbdfleece.base.extent import DATA, Extent
+from nbdfleece.block import permissions as perms
+from nbdfleece.block.child import Child, Role
+
+if TYPE_CHECKING:
+    from nbdfleece.block.node import Node
+    from nbdfleece.datapath.fileio import FileIo
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Driver(ABC):
+    """Behaviour of one node.
+
+    Attributes:
+        name: The driver's QMP name.
+        is_filter: Reads through the node give the data of its FILTERED child.
+        node: The node this driver belongs to; set before `open`.
+    """
+
+    name: ClassVar[str]
+    is_filter: ClassVar[bool] = False
+    node: Node
+
+    # --- life ------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def open(self) -> int:
+        """Open what the node stands for; its children are attached already.
+
+        Returns:
+            The size of the node in bytes.
+
+        Raises:
+            CommandError: It cannot be opened. Nothing is left open.
+        """
+
+    async def close(self) -> None:  # noqa: B027 - most drivers have nothing to close
+        """Close what `open` opened. Called once, without requests in flight."""
+
+    # --- permissions -----------------------------------------------------------------------
+
+    def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:
+        """Map what the node's parents need and share to what the node asks of one child.
+
+        The default serves filters and the usual roles: DATA and FILTERED pass through, COW is read
+        only and bears writers as far as the parents do.
+        """
+        if edge.role & Role.COW:
+            keep = shared & (perms.WRITE | perms.RESIZE)
+            return perms.CONSISTENT_READ, perms.CONSISTENT_READ | perms.WRITE_UNCHANGED | keep
+        if edge.role & Role.FILTERED or self.is_filter:
+            return perm, shared
+        if perm & (perms.WRITE | perms.WRITE_UNCHANGED):
+            perm |= perms.WRITE | perms.RESIZE
+            perm &= ~perms.WRITE_UNCHANGED
+        return perm, shared & ~perms.RESIZE
+
+    def check_permissions(self, perm: int, shared: int) -> None:  # noqa: B027
+        """Get ready for `set_permissions` or `abort_permissions`, one of which follows.
+
+        Raises:
+            CommandError: Somebody outside the program forbids it (image locks).
+        """
+
+    def set_permissions(self, perm: int, shared: int) -> None:  # noqa: B027
+        """Take over what was checked. Cannot fail."""
+
+    def abort_permissions(self) -> None:  # noqa: B027
+        """Undo what `check_permissions` prepared. Cannot fail."""
+
+    # --- reading ---------------------------------------------------------------------------
+
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill `view` from `offset` if that needs no waiting.
+
+        Returns:
+            True when `view` is filled. False when it would block or anything is unusual: nothing
+            has been decided, the content of `view` is undefined, and the caller uses `read`.
+        """
+        return False
+
+    @abstractmethod
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill all of `view` with the bytes at `offset`."""
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """Return extents from `offset` on, without gaps; they may end before or behind the range.
+
+        At least the first byte is covered. Claiming only DATA is always right.
+        """
+        return [Extent(offset, length, DATA)]
+
+    # --- writing ---------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """Write `data`, which the caller keeps unchanged until this returns.
+
+        With `fua`, return only when it is on stable storage.
+        """
+        raise IoError(errno.ENOTSUP, self._where("write", offset, len(data)))
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
+    ) -> None:
+        """Make the range read as zeroes.
+
+        Args:
+            offset: Bytes.
+            length: Bytes; not bounded by any payload limit.
+            fua: As in `write`.
+            may_unmap: Space may be given back.
+            no_fallback: Fail rather than do it at the speed of a write.
+
+        Raises:
+            IoError: ENOTSUP when the driver has no better way than writing; the node then writes
+                zeroes in pieces, unless `no_fallback`.
+        """
+        raise IoError(errno.ENOTSUP, self._where("write zeroes", offset, length))
+
+    async def discard(self, offset: int, length: int) -> None:  # noqa: B027 - a hint
+        """Note that the content of the range is not needed. May do nothing, may round inwards."""
+
+    async def flush(self) -> None:  # noqa: B027 - nothing to flush is a success
+        """Return when every write that was complete at the call is on stable storage."""
+
+    # --- points in time ----------------------------------------------------------------------
+
+    def snapshot_read_now(self, offset: int, view: memoryview) -> bool:
+        """As `read_now`, of the point in time that the node preserves."""
+        return False
+
+    async def snapshot_read(self, offset: int, view: memoryview) -> None:
+        """As `read`, of the point in time that the node preserves."""
+        raise IoError(errno.ENOTSUP, self._where("snapshot read", offset, len(view)))
+
+    async def snapshot_block_status(self, offset: int, length: int) -> list[Extent]:
+        """As `block_status`, of the point in time that the node preserves."""
+        raise IoError(errno.ENOTSUP, self._where("snapshot block status", offset, length))
+
+    async def snapshot_discard(self, offset: int, length: int) -> None:
+        """Give up the range of the point in time: it will not be read again."""
+        raise IoError(errno.ENOTSUP, self._where("snapshot discard", offset, length))
+
+    def has_point_in_time(self) -> bool:
+        """Tell whether the snapshot verbs work here."""
+        return False
+
+    # --- facts -----------------------------------------------------------------------------
+
+    def cluster_size(self) -> int:
+        """Return the unit of allocation in bytes; 1 when there is none."""
+        return 1
+
+    def reads_zero_when_new(self) -> bool:
+        """Tell whether every byte reads as zero until it is written through this node."""
+        return False
+
+    def plain_file(self) -> FileIo | None:
+        """Return the open file when reads and writes of this node are exactly those of the file.
+
+        So that copy-before-write may work on two files in one step. None otherwise.
+        """
+        return None
+
+    async def allocated_size(self) -> int | None:
+        """Return how many bytes of storage the node holds now, or None when unknown."""
+        return None
+
+    def _where(self, verb: str, offset: int, length: int) -> str:
+        return f"node '{self.node.name}': {verb} of {length} bytes at {offset}"

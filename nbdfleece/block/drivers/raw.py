@@ -1,0 +1,130 @@
+"""Driver `raw`: the child as it is, or a window of it.
+
+::
+
+    file   |......|================|......|
+           0    offset       offset + size
+    raw           0                size
+
+Without a window it is like a filter: the edge is FILTERED, permissions pass through, and the node
+follows the child in everything. With one, the edge is DATA.
+
+Follows: QEMU block/raw-format.c.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from nbdfleece.base.errors import CommandError
+from nbdfleece.base.extent import Extent, clip
+from nbdfleece.block import permissions as perms
+from nbdfleece.block.child import Child, Role
+from nbdfleece.block.driver import Driver
+
+if TYPE_CHECKING:
+    from nbdfleece.block.node import Node
+
+
+class RawDriver(Driver):
+    """Child `file`, with the roles that `file_role` says.
+
+    Args:
+        offset: Where the node begins in the child; None: at its start.
+        size: Bytes of the node; None: to the end of the child.
+    """
+
+    name: ClassVar[str] = "raw"
+
+    def __init__(self, *, offset: int | None, size: int | None) -> None:
+        self._has_window = offset is not None or size is not None
+        self._offset = offset or 0
+        self._wanted_size = size
+
+    def file_role(self) -> Role:
+        """Return what the `file` edge of this node has to be."""
+        return Role.PRIMARY | (Role.DATA if self._has_window else Role.FILTERED)
+
+    async def open(self) -> int:
+        """Check that the window lies in the child; see Driver.open."""
+        whole = self._below().size
+        if self._offset < 0 or (self._wanted_size or 0) < 0:
+            raise CommandError("Offset and size of 'raw' cannot be negative")
+        if self._offset > whole:
+            raise CommandError(
+                f"Offset ({self._offset}) cannot be greater than size of the containing file "
+                f"({whole})"
+            )
+        if self._wanted_size is None:
+            return whole - self._offset
+        if self._wanted_size > whole - self._offset:
+            raise CommandError(
+                f"The sum of offset ({self._offset}) and size ({self._wanted_size}) has to be "
+                f"smaller or equal to the actual size of the containing file ({whole})"
+            )
+        return self._wanted_size
+
+    def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:
+        """Pass through; under a window nobody may resize.
+
+        The default for DATA edges would ask for more than the parents do (QEMU takes that back for
+        raw in the same way).
+        """
+        return (perm, shared & ~perms.RESIZE) if self._has_window else (perm, shared)
+
+    # --- I/O -------------------------------------------------------------------------------
+
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Forward; see Driver.read_now."""
+        return self._below().read_now(self._offset + offset, view)
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Forward; see Driver.read."""
+        await self._below().read(self._offset + offset, view)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """Forward, and move the answer back; see Driver.block_status."""
+        start = self._offset + offset
+        # What the child says of bytes outside the window is none of this node.
+        found = clip(await self._below().block_status(start, length), start, length)
+        return [Extent(at - self._offset, size, flags) for at, size, flags in found]
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """Forward; see Driver.write."""
+        await self._below().write(self._offset + offset, data, fua=fua)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
+    ) -> None:
+        """Forward; see Driver.write_zeroes."""
+        await self._below().write_zeroes(
+            self._offset + offset, length, fua=fua, may_unmap=may_unmap, no_fallback=no_fallback
+        )
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Forward; see Driver.discard."""
+        await self._below().discard(self._offset + offset, length)
+
+    async def flush(self) -> None:
+        """Forward; see Driver.flush."""
+        await self._below().flush()
+
+    # --- facts (asked of the node below: its driver is not called for I/O) -----------------------
+
+    def cluster_size(self) -> int:
+        """Return the child's, where the node begins with one of its clusters."""
+        below = self._below().driver.cluster_size()
+        return below if self._offset % below == 0 else 1
+
+    def reads_zero_when_new(self) -> bool:
+        """Tell what the child tells."""
+        return self._below().driver.reads_zero_when_new()
+
+    async def allocated_size(self) -> int | None:
+        """Return the child's, all of it."""
+        return await self._below().driver.allocated_size()
+
+    def _below(self) -> Node:
+        edge = self.node.file
+        assert edge is not None, "raw has a file child"
+        return edge.node

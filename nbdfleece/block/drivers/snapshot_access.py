@@ -1,0 +1,69 @@
+"""snapshot-access: the point in time that the node below preserves, as a node of its own.
+
+Holds no state and decides nothing: it refuses writes and forwards the rest. It asks for no
+permission and shares all, so it can stand over a filter whose source is being written.
+
+Follows: QEMU block/snapshot-access.c.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, ClassVar
+
+from nbdfleece.base.errors import CommandError, IoError
+from nbdfleece.block import permissions as perms
+from nbdfleece.block.driver import Driver
+
+if TYPE_CHECKING:
+    from nbdfleece.base.extent import Extent
+    from nbdfleece.block.child import Child
+    from nbdfleece.block.node import Node
+
+
+class SnapshotAccess(Driver):
+    """Driver `snapshot-access`; child `file` with roles DATA and PRIMARY."""
+
+    name: ClassVar[str] = "snapshot-access"
+
+    async def open(self) -> int:
+        """Check that there is a point in time to access; see Driver.open."""
+        below = self._below()
+        if not below.driver.has_point_in_time():
+            raise CommandError(f"Node '{below.name}' does not preserve a point in time")
+        return below.size
+
+    def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:
+        """Ask for nothing, share everything."""
+        return perms.NONE, perms.ALL
+
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Forward; see Driver.snapshot_read_now."""
+        return self._below().driver.snapshot_read_now(offset, view)
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Forward; see Driver.snapshot_read."""
+        await self._below().snapshot_read(offset, view)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """Forward; see Driver.snapshot_block_status."""
+        return await self._below().snapshot_block_status(offset, length)
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """Refuse: a point in time does not change."""
+        raise IoError(errno.ENOTSUP, self._where("write", offset, len(data)))
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
+    ) -> None:
+        """Refuse, and not with ENOTSUP, which would make the node try plain writes."""
+        raise IoError(errno.EPERM, self._where("write zeroes", offset, length))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Give the range up: it will not be read again; see Driver.snapshot_discard."""
+        await self._below().snapshot_discard(offset, length)
+
+    def _below(self) -> Node:
+        edge = self.node.file
+        assert edge is not None, "snapshot-access has a file child"
+        return edge.node

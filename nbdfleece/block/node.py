@@ -1,0 +1,334 @@
+"""A node of the graph, and the one way to do I/O on it.
+
+Nobody calls a driver but the node it belongs to. The node checks bounds, counts requests in
+flight, emulates what a driver lacks (FUA, zero writes), and marks its dirty bitmaps.
+
+Invariants
+  N1  `file` and `backing` are derived from `children`, and are set and cleared only in
+      `child_attached` and `child_detached`.
+  N2  A write, zero write or discard marks every recording bitmap of the node when it ends, whether
+      or not it succeeded: part of a failed write may have landed.
+  N3  `in_flight` is the number of requests between entry and exit, background work included.
+  N4  A drained node begins nothing new by itself and its parents send nothing new; requests that
+      are already inside the graph pass through to their end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING
+
+from nbdfleece.base.errors import IoError
+from nbdfleece.base.limits import ZERO_PIECE
+from nbdfleece.block.child import Child, Role
+
+if TYPE_CHECKING:
+    from nbdfleece.base.extent import Extent
+    from nbdfleece.block.bitmap import DirtyBitmap
+    from nbdfleece.block.driver import Driver
+    from nbdfleece.datapath.fileio import FileIo
+
+_ZEROES = memoryview(bytes(ZERO_PIECE))
+
+
+class Node:
+    """A node: `name`, a driver, edges up and down, and the requests on it.
+
+    Attributes:
+        name: Node name, unique in its graph.
+        driver: Its behaviour; never shared.
+        size: Bytes; set when the driver has been opened.
+        read_only: No parent may write.
+        discard_enabled: Discards are handed to the driver (`discard=unmap`).
+        children: Edges to the nodes below, in order of attachment.
+        parents: Edges from whoever uses this node.
+        file: The PRIMARY child (a filter's filtered one), or None.
+        backing: The COW child, or None.
+        bitmaps: Dirty bitmaps by name; anonymous ones under a unique private name.
+        in_flight: See N3.
+        owned_by_monitor: Named by the user; stays when the last parent goes.
+    """
+
+    def __init__(
+        self, name: str, driver: Driver, *, read_only: bool, discard_enabled: bool
+    ) -> None:
+        self.name = name
+        self.driver = driver
+        self.size = 0
+        self.read_only = read_only
+        self.discard_enabled = discard_enabled
+        self.children: list[Child] = []
+        self.parents: list[Child] = []
+        self.file: Child | None = None
+        self.backing: Child | None = None
+        self.bitmaps: dict[str, DirtyBitmap] = {}
+        self.in_flight = 0
+        self.owned_by_monitor = False
+        self._drains = 0
+        self._idle_waiters: list[asyncio.Future[None]] = []
+        driver.node = self
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name} ({self.driver.name})>"
+
+    def child(self, name: str) -> Child:
+        """Return the child edge called `name`, which must exist."""
+        for edge in self.children:
+            if edge.name == name:
+                return edge
+        raise AssertionError(f"node '{self.name}' has no child '{name}'")
+
+    # --- as a parent (block.child.Parent) ----------------------------------------------------
+
+    def describe_parent(self) -> str:
+        """Return how errors call this node."""
+        return f"node '{self.name}'"
+
+    def child_attached(self, edge: Child) -> None:
+        """Take the edge in: the one place where `file` and `backing` are set (N1)."""
+        self.children.append(edge)
+        if edge.role & Role.COW:
+            assert self.backing is None, f"node '{self.name}' has a backing child already"
+            self.backing = edge
+        elif edge.role & Role.PRIMARY:
+            assert self.file is None, f"node '{self.name}' has a primary child already"
+            self.file = edge
+
+    def child_detached(self, edge: Child) -> None:
+        """Let the edge go: the one place where `file` and `backing` are cleared (N1)."""
+        self.children.remove(edge)
+        if self.file is edge:
+            self.file = None
+        if self.backing is edge:
+            self.backing = None
+
+    def drained_begin(self) -> None:
+        """Keep all parents from beginning requests (N4); nests."""
+        self._drains += 1
+        if self._drains == 1:
+            for edge in self.parents:
+                edge.parent.drained_begin()
+
+    def drained_end(self) -> None:
+        """Undo one `drained_begin`."""
+        assert self._drains > 0, "drained_end without drained_begin"
+        self._drains -= 1
+        if self._drains == 0:
+            for edge in self.parents:
+                edge.parent.drained_end()
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether a drained section is open on this node."""
+        return self._drains > 0
+
+    def is_idle(self) -> bool:
+        """Tell whether nothing is in flight on this node or on any parent above it."""
+        return self.in_flight == 0 and all(edge.parent.is_idle() for edge in self.parents)
+
+    async def wait_idle(self) -> None:
+        """Return when nothing is in flight here and above; only useful while drained.
+
+        Cancel: safe.
+        """
+        while not self.is_idle():
+            for edge in list(self.parents):
+                await edge.parent.wait_idle()
+            if self.in_flight:
+                waiter = asyncio.get_running_loop().create_future()
+                self._idle_waiters.append(waiter)
+                await waiter
+
+    # --- requests --------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Count one more request, or piece of background work, in flight."""
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        """Undo one `enter` and wake whoever waits for an idle node."""
+        self.in_flight -= 1
+        if self.in_flight == 0 and self._idle_waiters:
+            waiters, self._idle_waiters = self._idle_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def plain_file(self) -> FileIo | None:
+        """Return the open file, when using it directly is the same as using this node."""
+        if self.bitmaps or self.read_only:
+            return None
+        return self.driver.plain_file()
+
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill `view` without waiting, or return False; see Driver.read_now.
+
+        The caller has checked the range. Nothing is counted: the read is over when this returns.
+        """
+        return self.driver.read_now(offset, view)
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with the bytes at `offset`.
+
+        Args:
+            offset: Bytes from the start of the node, any alignment.
+            view: Writable, not empty; offset + len(view) <= size.
+
+        Raises:
+            IoError: The read failed; the content of `view` is undefined.
+
+        Cancel: not cancelled.
+        """
+        self._check_range("read", offset, len(view))
+        self.in_flight += 1
+        try:
+            await self.driver.read(offset, view)
+        finally:
+            self.leave()
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """Write `data` at `offset`; with `fua`, to stable storage.
+
+        Args:
+            offset: Bytes from the start of the node, any alignment.
+            data: Not empty; unchanged until this returns; offset + len(data) <= size.
+            fua: Return only when it is on stable storage.
+
+        Raises:
+            IoError: Any part of the range may have been written.
+
+        Cancel: not cancelled.
+        """
+        self._check_write("write", offset, len(data))
+        self.in_flight += 1
+        try:
+            await self.driver.write(offset, data, fua=fua)
+        finally:
+            if self.bitmaps:
+                self._mark(offset, len(data))
+            self.leave()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
+    ) -> None:
+        """Make the range read as zeroes; arguments as in Driver.write_zeroes.
+
+        Raises:
+            IoError: ENOTSUP only with `no_fallback`. Else any part may have been zeroed.
+
+        Cancel: not cancelled.
+        """
+        self._check_write("write zeroes", offset, length)
+        self.in_flight += 1
+        try:
+            try:
+                await self.driver.write_zeroes(
+                    offset,
+                    length,
+                    fua=fua,
+                    may_unmap=may_unmap and self.discard_enabled,
+                    no_fallback=no_fallback,
+                )
+            except IoError as error:
+                if error.errno != errno.ENOTSUP or no_fallback:
+                    raise
+                await self._write_zero_pieces(offset, length, fua=fua)
+        finally:
+            if self.bitmaps:
+                self._mark(offset, length)
+            self.leave()
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Note that the range is not needed. A no-op success where discards are ignored.
+
+        Raises:
+            IoError: The range may hold old data, zeroes, or both.
+
+        Cancel: not cancelled.
+        """
+        self._check_write("discard", offset, length)
+        self.in_flight += 1
+        try:
+            # A filter must see even a discard that the node below will ignore.
+            if self.discard_enabled or self.driver.is_filter:
+                await self.driver.discard(offset, length)
+        finally:
+            if self.bitmaps:
+                self._mark(offset, length)
+            self.leave()
+
+    async def flush(self) -> None:
+        """Return when all writes complete before the call are on stable storage.
+
+        Cancel: not cancelled.
+        """
+        self.in_flight += 1
+        try:
+            await self.driver.flush()
+        finally:
+            self.leave()
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """Return what is known of the range; see Driver.block_status.
+
+        Cancel: not cancelled.
+        """
+        self._check_range("block status", offset, length)
+        self.in_flight += 1
+        try:
+            return await self.driver.block_status(offset, length)
+        finally:
+            self.leave()
+
+    # --- points in time (snapshot-access reads through these) ----------------------------------
+
+    async def snapshot_read(self, offset: int, view: memoryview) -> None:
+        """As `read`, of the point in time that the node preserves."""
+        self._check_range("snapshot read", offset, len(view))
+        self.in_flight += 1
+        try:
+            await self.driver.snapshot_read(offset, view)
+        finally:
+            self.leave()
+
+    async def snapshot_block_status(self, offset: int, length: int) -> list[Extent]:
+        """As `block_status`, of the point in time that the node preserves."""
+        self._check_range("snapshot block status", offset, length)
+        self.in_flight += 1
+        try:
+            return await self.driver.snapshot_block_status(offset, length)
+        finally:
+            self.leave()
+
+    async def snapshot_discard(self, offset: int, length: int) -> None:
+        """Give up a range of the point in time."""
+        self._check_range("snapshot discard", offset, length)
+        self.in_flight += 1
+        try:
+            await self.driver.snapshot_discard(offset, length)
+        finally:
+            self.leave()
+
+    # --- private ---------------------------------------------------------------------------
+
+    def _check_range(self, verb: str, offset: int, length: int) -> None:
+        if offset < 0 or length <= 0 or length > self.size - offset:
+            raise IoError(errno.EINVAL, f"node '{self.name}': {verb} of {length} bytes at {offset}")
+
+    def _check_write(self, verb: str, offset: int, length: int) -> None:
+        if self.read_only:
+            raise IoError(errno.EROFS, f"node '{self.name}': {verb}")
+        if offset < 0 or length <= 0 or length > self.size - offset:
+            raise IoError(errno.ENOSPC, f"node '{self.name}': {verb} of {length} bytes at {offset}")
+
+    def _mark(self, offset: int, length: int) -> None:
+        for bitmap in self.bitmaps.values():
+            bitmap.mark(offset, length)
+
+    async def _write_zero_pieces(self, offset: int, length: int, *, fua: bool) -> None:
+        end = offset + length
+        while offset < end:
+            piece = min(ZERO_PIECE, end - offset)
+            await self.driver.write(offset, _ZEROES[:piece], fua=fua)
+            offset += piece

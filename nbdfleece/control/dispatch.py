@@ -1,0 +1,87 @@
+"""One request of a monitor, from its JSON to its answer: the command boundary.
+
+Whatever goes wrong in a command becomes an error answer here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from nbdfleece.base.errors import CommandError, InUse, NbdfleeceError, NotFound
+from nbdfleece.control.commands import COMMANDS
+from nbdfleece.protocol.qmp import messages
+from nbdfleece.protocol.qmp.schema import Arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nbdfleece.control.command import Context
+    from nbdfleece.protocol.qmp.values import Json
+
+_log = logging.getLogger(__name__)
+
+_REASONS: Final = ((NotFound, "not-found"), (InUse, "in-use"))
+
+
+class CommandNotFound(CommandError):
+    """There is no such command, or not at this point of the conversation."""
+
+    qmp_class = "CommandNotFound"
+
+
+class Dispatcher:
+    """Runs the requests of one monitor, which negotiates first.
+
+    Args:
+        context: What commands work on.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._negotiating = True
+
+    async def answer(self, message: Mapping[str, Json]) -> Json:
+        """Carry out one request and return the answer. Never raises but CancelledError.
+
+        Cancel: the command is abandoned at its next await; commands undo what they had begun.
+        """
+        identity = messages.request_id(message)
+        try:
+            return messages.success(await self._run(message), identity)
+        except CommandError as error:
+            return messages.failure(
+                error.qmp_class, str(error), identity, reason=_reason(message, error)
+            )
+        except NbdfleeceError as error:
+            return messages.failure(CommandError.qmp_class, str(error), identity)
+        except Exception as error:
+            _log.exception("command failed by a fault of nbdfleece")
+            return messages.failure(
+                CommandError.qmp_class, f"internal error: {type(error).__name__}", identity
+            )
+
+    async def _run(self, message: Mapping[str, Json]) -> Json:
+        request = messages.parse_request(message)
+        command = COMMANDS.get(request.execute)
+        if command is None:
+            raise CommandNotFound(f"The command {request.execute} has not been found")
+        if self._negotiating and not command.in_negotiation:
+            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
+        if command.in_negotiation and not self._negotiating:
+            raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
+        arguments = Arguments(command.arguments, request.arguments)
+        result = await command.run(self._context, arguments)
+        self._negotiating = False
+        return result
+
+
+def _reason(message: Mapping[str, Json], error: CommandError) -> str | None:
+    """Sort an error for our own command line; QEMU's commands answer as QEMU does."""
+    execute = message.get("execute")
+    if not isinstance(execute, str) or "fleece-" not in execute:
+        return None
+    for kind, reason in _REASONS:
+        if isinstance(error, kind):
+            return reason
+    return None

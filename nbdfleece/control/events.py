@@ -1,0 +1,56 @@
+"""Events: what the rooms below publish, told to every monitor.
+
+An event is queued, never waited for: a monitor that does not read loses its oldest events and
+nobody else's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from nbdfleece.base.notify import Notifier
+from nbdfleece.fleece.news import (
+    News,
+    SnapshotBroken,
+    SnapshotCreated,
+    SnapshotDeleted,
+    TempThreshold,
+)
+from nbdfleece.protocol.qmp import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nbdfleece.protocol.qmp.values import Json
+
+_log = logging.getLogger(__name__)
+
+
+class Events:
+    """Publishes events with their time.
+
+    Attributes:
+        published: Every event message, in order.
+    """
+
+    def __init__(self) -> None:
+        self.published: Notifier[Json] = Notifier()
+
+    def emit(self, name: str, data: Mapping[str, Json]) -> None:
+        """Tell all monitors that `name` happened now."""
+        _log.debug("event %s", name)
+        self.published.publish(messages.event(name, data, microseconds=time.time_ns() // 1000))
+
+    def fleece_news(self, news: News) -> None:
+        """Tell all monitors what the fleece room published."""
+        data: dict[str, Json] = {"disk": news.disk, "snapshot": news.snapshot}
+        if isinstance(news, SnapshotCreated):
+            self.emit("FLEECE_SNAPSHOT_CREATED", {**data, "instant": news.instant})
+        elif isinstance(news, SnapshotDeleted):
+            self.emit("FLEECE_SNAPSHOT_DELETED", data)
+        elif isinstance(news, SnapshotBroken):
+            self.emit("FLEECE_SNAPSHOT_BROKEN", {**data, "error": news.error})
+        elif isinstance(news, TempThreshold):
+            self.emit("FLEECE_TEMP_THRESHOLD", {**data, "used": news.used, "limit": news.limit})

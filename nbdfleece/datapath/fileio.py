@@ -1,0 +1,273 @@
+"""System calls on one open file: at once when they cannot block, in threads when they may.
+
+Two lanes per file. Buffered writes go through one thread in order of submission: they are memory
+copies, and one thread that stays awake does a burst of them faster than many that wake each other.
+Everything that waits for a disk (reads that miss the page cache, syncs, holes) has up to
+FILE_THREADS threads.
+
+Invariants
+  F1  `read_now` never blocks: it reads with RWF_NOWAIT and gives up where the kernel would wait.
+  F2  Nothing here decides policy: errors are IoError with the errno of the system call.
+
+# FAST: RWF_NOWAIT serves a cached 4 KiB read in 1.1 microseconds against about 65 through a
+# thread; plain form in tests/reference/fileio.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from nbdfleece.base.errors import IoError
+from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent
+from nbdfleece.base.limits import FILE_THREADS
+from nbdfleece.datapath.workers import Lane
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+_PUNCH_HOLE: Final = 0x02  # FALLOC_FL_*, not in the os module
+_KEEP_SIZE: Final = 0x01
+_ZERO_RANGE: Final = 0x10
+_STATUS_EXTENTS: Final = 1024  # most extents found by one call
+_SMALL_WRITE: Final = 128 * 1024  # larger writes gain more from a second core than from order
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+Save = tuple[int, bytes | bytearray | int, bytearray, int, int]
+"""Old data to save: (offset, the old bytes or how many to read, state page, first, last)."""
+
+
+class SaveError(Exception):
+    """Old data could not be saved; the new data has not been written.
+
+    Attributes:
+        error: What the system call said.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class FileIo:
+    """I/O on one open file or block device.
+
+    Args:
+        fd: Open for what will be asked of it. The caller keeps it, and closes it behind `close`.
+        name: For messages: what the file is to the user.
+        readable_now: Reads may be tried with RWF_NOWAIT (not so with O_DIRECT).
+    """
+
+    __slots__ = ("_blocking", "_data_end", "_data_start", "_serial", "fd", "name", "readable_now")
+
+    def __init__(self, fd: int, name: str, *, readable_now: bool = True) -> None:
+        self.fd = fd
+        self.name = name
+        self.readable_now = readable_now
+        self._serial = Lane(f"{name} writes", 1)
+        self._blocking = Lane(name, FILE_THREADS)
+        self._data_start = self._data_end = 0  # a range known to be allocated data
+
+    def close(self) -> None:
+        """Let the threads go. Calls under way run to their end."""
+        self._serial.close()
+        self._blocking.close()
+
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Fill `view` from the page cache; False when that needs waiting, or fails."""
+        if not self.readable_now:
+            return False
+        try:
+            return os.preadv(self.fd, (view,), offset, os.RWF_NOWAIT) == len(view)
+        except OSError:
+            return False
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset`, in a thread.
+
+        Raises:
+            IoError: The read failed; EIO when the file ends inside the range.
+        """
+        await self.run(lambda: _read_all(self.fd, offset, view), "read", offset, len(view))
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """Write all of `data`; with `fua`, to stable storage."""
+        fd = self.fd
+        try:
+            if fua:
+                await self._blocking.submit(lambda: _write_all(fd, offset, data, os.RWF_DSYNC))
+            elif len(data) <= _SMALL_WRITE:
+                await self._serial.submit(lambda: _write_all(fd, offset, data, 0))
+            else:
+                await self._blocking.submit(lambda: _write_all(fd, offset, data, 0))
+        except OSError as error:
+            raise self._error(error, "write", offset, len(data)) from error
+
+    async def save_then_write(
+        self, target: FileIo, saves: list[Save], done: int, offset: int, data: memoryview
+    ) -> None:
+        """Copy old data to `target`, set its states to `done`, then write `data` here: one hop.
+
+        Args:
+            target: Where old data goes, at its own offset.
+            saves: What to save; states are set as soon as their old data is in `target`.
+            done: The state to set.
+            offset: Where `data` goes.
+            data: The new data.
+
+        Raises:
+            SaveError: A copy failed; the states of what was not copied are unchanged.
+            IoError: All copies are done and the write failed.
+        """
+        # Reads that wait for the disk must not queue up behind each other.
+        cached = all(not isinstance(old, int) for _, old, _, _, _ in saves)
+        lane = self._serial if cached and len(data) <= _SMALL_WRITE else self._blocking
+        fd, target_fd = self.fd, target.fd
+        try:
+            await lane.submit(lambda: _save_then_write(fd, target_fd, saves, done, offset, data))
+        except OSError as error:
+            raise self._error(error, "write", offset, len(data)) from error
+
+    async def sync(self) -> None:
+        """Return when all that was written before is on stable storage (fdatasync)."""
+        await self.run(lambda: os.fdatasync(self.fd), "flush", 0, 0)
+
+    async def punch_hole(self, offset: int, length: int) -> None:
+        """Give the range's space back; it reads as zeroes.
+
+        Raises:
+            IoError: ENOTSUP where the file system cannot.
+        """
+        self._forget_data()
+        await self.run(
+            lambda: _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length),
+            "punch hole",
+            offset,
+            length,
+        )
+        self._forget_data()  # a status call may have looked before the hole was there
+
+    async def zero_range(self, offset: int, length: int) -> None:
+        """Make the range read as zeroes and keep its space.
+
+        Raises:
+            IoError: ENOTSUP where the file system cannot.
+        """
+        self._forget_data()
+        await self.run(
+            lambda: _fallocate(self.fd, _ZERO_RANGE | _KEEP_SIZE, offset, length),
+            "zero range",
+            offset,
+            length,
+        )
+        self._forget_data()
+
+    async def status(self, offset: int, length: int) -> list[Extent]:
+        """Return extents of the range by SEEK_DATA and SEEK_HOLE, at most some hundreds.
+
+        The last region of data found is remembered, so asking again for parts of it costs nothing;
+        DATA remains a right answer whatever others do to the file.
+        """
+        if self._data_start <= offset and offset + length <= self._data_end:
+            return [Extent(offset, length, DATA)]
+        extents = await self.run(
+            lambda: _seek_extents(self.fd, offset, offset + length), "block status", offset, length
+        )
+        last = extents[-1]
+        if last.flags == DATA:
+            self._data_start, self._data_end = last.offset, last.end
+        return extents
+
+    async def run(self, call: Callable[[], T], verb: str, offset: int, length: int) -> T:
+        """Run a system call that may block, in a thread.
+
+        Raises:
+            IoError: What the call raised, said as `verb` of the range.
+        """
+        try:
+            return await self._blocking.submit(call)
+        except OSError as error:
+            raise self._error(error, verb, offset, length) from error
+
+    def _forget_data(self) -> None:
+        self._data_start = self._data_end = 0
+
+    def _error(self, error: OSError, verb: str, offset: int, length: int) -> IoError:
+        return IoError.from_os(error, f"'{self.name}': {verb} of {length} bytes at {offset}")
+
+
+def _read_all(fd: int, offset: int, view: memoryview) -> None:
+    while True:
+        count = os.preadv(fd, (view,), offset)
+        if count == len(view):
+            return
+        if count == 0:
+            raise OSError(errno.EIO, "the file ends here")
+        view = view[count:]
+        offset += count
+
+
+def _write_all(fd: int, offset: int, data: bytes | bytearray | memoryview, flags: int) -> None:
+    count = os.pwritev(fd, (data,), offset, flags) if flags else os.pwrite(fd, data, offset)
+    while count < len(data):
+        if count == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        data = memoryview(data)[count:]
+        offset += count
+        count = os.pwritev(fd, (data,), offset, flags)
+
+
+def _save_then_write(
+    fd: int, target_fd: int, saves: list[Save], done: int, offset: int, data: memoryview
+) -> None:
+    try:
+        for at, old, page, first, last in saves:
+            if isinstance(old, int):
+                saved = bytearray(old)
+                _read_all(fd, at, memoryview(saved))
+                _write_all(target_fd, at, saved, 0)
+            else:
+                _write_all(target_fd, at, old, 0)
+            # Before the new data, and behind the old: a reader that sees another state than
+            # `done` after it has read from here has read old data.
+            page[first:last] = bytes((done,)) * (last - first)
+    except OSError as error:
+        raise SaveError(error) from error
+    _write_all(fd, offset, data, 0)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    while _libc.fallocate(fd, mode, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def _seek_extents(fd: int, offset: int, end: int) -> list[Extent]:
+    extents: list[Extent] = []
+    while offset < end and len(extents) < _STATUS_EXTENTS:
+        try:
+            data = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data up to the end of the file
+                data = end
+            elif error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # cannot tell: all is data
+                extents.append(Extent(offset, end - offset, DATA))
+                return extents
+            else:
+                raise
+        if data > offset:
+            stop = min(data, end)
+            extents.append(Extent(offset, stop - offset, HOLE | ZERO))
+            offset = stop
+            continue
+        stop = min(os.lseek(fd, offset, os.SEEK_HOLE), end)
+        extents.append(Extent(offset, stop - offset, DATA))
+        offset = stop
+    return extents

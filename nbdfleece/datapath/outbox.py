@@ -1,0 +1,143 @@
+"""The sending side of a connection: whole replies in, as few system calls as the socket allows.
+
+::
+
+    replies -> buffer [sent ... filled) -> backlog -> socket
+               made in place              what did not fit, or came while the socket was full
+
+Invariants
+  O1  What is put in is a whole reply or whole chunks of one; it goes out unbroken, in order.
+  O2  `blocked` holds exactly while the socket has taken less than there was; the pump begins
+      nothing then, so what waits is bounded by the requests that had begun.
+  O3  A client that takes not one byte for WRITE_STALL_S is dropped.
+
+# FAST: one send per wake-up instead of one per reply halves the cost of a 4 KiB read at depth 16;
+# plain form in tests/reference/outbox.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from nbdfleece.base.limits import READ_PIECE, WRITE_STALL_S
+from nbdfleece.base.units import KiB
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+CAPACITY: Final = READ_PIECE + 64 * KiB
+SEND_AT: Final = 96 * KiB  # so much waiting is worth a system call before the batch is over
+
+
+class Outbox:
+    """Queued replies of one connection.
+
+    Args:
+        sock: Non-blocking; stays the caller's.
+        on_room: Called when a blocked socket has taken everything.
+        on_dead: Called with a reason when the socket fails, or takes nothing for too long.
+
+    Attributes:
+        buffer: Where replies are made: [sent, filled) is unsent, the rest is free.
+        view: The same bytes, as a memoryview.
+        filled: The end of what is in `buffer`; whoever makes a reply in place moves it.
+        blocked: See O2.
+    """
+
+    def __init__(
+        self, sock: socket.socket, on_room: Callable[[], None], on_dead: Callable[[str], None]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._on_room = on_room
+        self._on_dead = on_dead
+        # Anonymous memory costs nothing until it is used, unlike a bytearray.
+        self.buffer = mmap.mmap(-1, CAPACITY)
+        self.view = memoryview(self.buffer)
+        self.filled = 0
+        self.blocked = False
+        self._sent = 0
+        self._backlog: deque[memoryview] = deque()
+        self._stall: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def is_empty(self) -> bool:
+        """Tell whether everything has been handed to the socket."""
+        return self._sent == self.filled and not self._backlog
+
+    def has_room(self, size: int) -> bool:
+        """Tell whether a reply of `size` bytes may be made in place now; sends if that helps."""
+        if self.filled + size > CAPACITY:
+            self.flush()
+        return not self.blocked
+
+    def put(self, reply: bytes | bytearray) -> None:
+        """Queue a reply; the caller sees to a `flush` later."""
+        end = self.filled + len(reply)
+        if not self._backlog and end <= CAPACITY:
+            self.buffer[self.filled : end] = reply
+            self.filled = end
+        elif not self._closed:
+            self._backlog.append(memoryview(reply))
+
+    def flush(self) -> None:
+        """Send what is queued, as far as the socket takes it."""
+        if self._closed:
+            return
+        send = self._sock.send
+        try:
+            while self._sent < self.filled:
+                self._sent += send(self.view[self._sent : self.filled])
+            self._sent = self.filled = 0
+            while self._backlog:
+                first = self._backlog[0]
+                count = send(first)
+                if count == len(first):
+                    self._backlog.popleft()
+                else:
+                    self._backlog[0] = first[count:]
+        except (BlockingIOError, InterruptedError):
+            if not self.blocked:
+                self.blocked = True
+                self._loop.add_writer(self._sock, self.flush)
+                self._watch_stall(self._waiting())
+            return
+        except OSError as error:
+            self._on_dead(f"send failed: {error.strerror}")
+            return
+        if self.blocked:
+            self._unblock()
+            self._on_room()
+
+    def close(self) -> None:
+        """Forget what is queued; nothing is sent any more. The socket is still open."""
+        if not self._closed:
+            self._closed = True
+            self._unblock()
+            self._sent = self.filled = 0
+            self._backlog.clear()
+
+    def _unblock(self) -> None:
+        self.blocked = False
+        self._loop.remove_writer(self._sock)
+        if self._stall is not None:
+            self._stall.cancel()
+
+    def _waiting(self) -> tuple[int, int, int]:
+        """Return what changes whenever the socket takes anything."""
+        first = len(self._backlog[0]) if self._backlog else 0
+        return self.filled - self._sent, len(self._backlog), first
+
+    def _watch_stall(self, before: tuple[int, int, int]) -> None:
+        def look() -> None:
+            now = self._waiting()
+            if now == before:
+                self._on_dead(f"the client takes no data for {WRITE_STALL_S:.0f} s")
+            else:
+                self._watch_stall(now)
+
+        self._stall = self._loop.call_later(WRITE_STALL_S, look)

@@ -1,0 +1,63 @@
+"""Route: what the transmission phase may do with one export.
+
+The server makes a Route from the root node of an export, so that the pump knows neither nodes nor
+exports. It is replaced only while the export is drained: a running request never sees it change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Protocol
+
+from nbdfleece.base.extent import Extent
+
+StatusFunction = Callable[[int, int], Awaitable[list[Extent]]]
+"""(offset, length) -> extents from offset on, at least one; `flags` are those of the context."""
+
+
+class IoVerbs(Protocol):
+    """The I/O verbs of a node, as block.node defines them."""
+
+    def read_now(self, offset: int, view: memoryview, /) -> bool:
+        """Fill `view` without waiting, or return False."""
+
+    def read(self, offset: int, view: memoryview, /) -> Coroutine[object, None, None]:
+        """Fill `view`."""
+
+    def write(
+        self, offset: int, data: memoryview, /, *, fua: bool
+    ) -> Coroutine[object, None, None]:
+        """Write `data`."""
+
+    def write_zeroes(
+        self, offset: int, length: int, /, *, fua: bool, may_unmap: bool, no_fallback: bool
+    ) -> Coroutine[object, None, None]:
+        """Make the range read as zeroes."""
+
+    def discard(self, offset: int, length: int, /) -> Coroutine[object, None, None]:
+        """Note that the range is not needed."""
+
+    def flush(self) -> Coroutine[object, None, None]:
+        """Make earlier writes durable."""
+
+    def block_status(self, offset: int, length: int, /) -> Coroutine[object, None, list[Extent]]:
+        """Return extents from `offset` on, at least one."""
+
+
+class Route:
+    """The verbs and limits of one export.
+
+    Attributes:
+        size: Bytes.
+        flags: Transmission flags as advertised, DF left out (it is the connection's).
+        io: The verbs of the node behind the export.
+        read_now: `io.read_now`, or a driver's own when nothing lies between.
+    """
+
+    __slots__ = ("flags", "io", "read_now", "size")
+
+    def __init__(self, io: IoVerbs, *, size: int, flags: int) -> None:
+        self.io = io
+        self.size = size
+        self.flags = flags
+        self.read_now = io.read_now

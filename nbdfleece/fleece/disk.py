@@ -1,0 +1,127 @@
+"""A disk: a file or block device, its node, its live export, and its snapshots."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nbdfleece.base.errors import CommandError
+from nbdfleece.block.drivers.file import FileDriver
+from nbdfleece.block.drivers.host_device import HostDeviceDriver
+from nbdfleece.block.drivers.locks import Locking
+
+if TYPE_CHECKING:
+    from nbdfleece.block.driver import Driver
+    from nbdfleece.block.node import Node
+    from nbdfleece.fleece.location import Location
+    from nbdfleece.fleece.snapshot import Snapshot
+    from nbdfleece.fleece.store import Value
+    from nbdfleece.server.export import Export
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFacts:
+    """What there is to say of a disk; sizes in bytes, `clients` are connections to its live export."""
+
+    disk: str
+    location: str
+    size: int
+    read_only: bool
+    export: str
+    node_name: str
+    snapshots: int
+    clients: int
+
+
+class Disk:
+    """A disk that is served.
+
+    ::
+
+        live export -> [filter of the newest snapshot] -> ... -> [oldest] -> node
+
+    Attributes:
+        location: Where it is and how it was asked for.
+        node: The node of the file or device, at the bottom.
+        export: The live export, at the top.
+        snapshots: By name, oldest first.
+    """
+
+    def __init__(self, location: Location, node: Node, export: Export) -> None:
+        self.location = location
+        self.node = node
+        self.export = export
+        self.snapshots: dict[str, Snapshot] = {}
+
+    @property
+    def name(self) -> str:
+        """The disk's name, which is its live export's too."""
+        return self.location.disk
+
+    @property
+    def top(self) -> Node:
+        """What the guest writes to: the next filter goes above it.
+
+        Raises:
+            CommandError: The disk is on its way out.
+        """
+        if self.export.root is None or self.export.is_closing:
+            raise CommandError(f"disk '{self.name}' is being removed")
+        return self.export.node
+
+    @property
+    def clients(self) -> int:
+        """Connections to the live export."""
+        return connections(self.export)
+
+    def facts(self) -> DiskFacts:
+        """Return what there is to say of the disk now."""
+        return DiskFacts(
+            disk=self.name,
+            location=self.location.path,
+            size=self.node.size,
+            read_only=self.location.read_only,
+            export=self.export.options.name,
+            node_name=self.node.name,
+            snapshots=len(self.snapshots),
+            clients=self.clients,
+        )
+
+
+def connections(export: Export) -> int:
+    """Return how many clients use the export; one that left counts until its requests have ended."""
+    return max(export.holders, len(export.pumps))
+
+
+def make_driver(location: Location, *, is_device: bool) -> Driver:
+    """Return the driver for a disk, not opened."""
+    locking = Locking.AUTO if location.locking else Locking.OFF
+    if is_device:
+        return HostDeviceDriver(
+            filename=location.path, locking=locking, cache_direct=location.direct
+        )
+    return FileDriver(
+        filename=location.path,
+        locking=locking,
+        cache_direct=location.direct,
+        new_and_sparse=False,
+    )
+
+
+def identity(location: Location, size: int, *, is_stopped: bool) -> dict[str, Value]:
+    """Return what disk.json says: where the disk is and how to know it again. May block.
+
+    Args:
+        location: The disk.
+        size: Bytes.
+        is_stopped: Nobody writes any more, so the time of the last change tells of strangers.
+    """
+    facts: dict[str, Value] = {"disk": location.disk, "location": location.path, "size": size}
+    try:
+        status = os.stat(location.path)
+    except OSError:  # removed while it was served
+        return facts
+    facts |= {"device": status.st_dev, "inode": status.st_ino, "rdev": status.st_rdev}
+    facts["mtime-ns"] = status.st_mtime_ns if is_stopped else None
+    return facts

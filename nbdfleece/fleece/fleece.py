@@ -1,0 +1,364 @@
+"""Fleece: the disks that are served, and snapshots of any number of them at one instant.
+
+Invariants
+  F1  Changes are made one at a time. Each is done as a whole, or undone as a whole.
+  F2  Everything slow about a snapshot (files, opening, nodes) happens beside the guest; inside the
+      drained section, which spans all disks of the group, filters are inserted and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from nbdfleece.base.errors import CommandError, InUse, IoError
+from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
+from nbdfleece.base.notify import Notifier
+from nbdfleece.fleece.disk import Disk, identity, make_driver
+from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotNotFound
+from nbdfleece.fleece.location import check_snapshot_name, is_block_device
+from nbdfleece.fleece.news import (
+    News,
+    SnapshotBroken,
+    SnapshotCreated,
+    SnapshotDeleted,
+    TempThreshold,
+)
+from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions, quiet, remove_export
+from nbdfleece.server.export import ExportOptions
+from nbdfleece.server.exports import Exports, RemoveMode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdfleece.block.graph import Graph
+    from nbdfleece.fleece.location import Location
+    from nbdfleece.fleece.store import StateFolder
+
+_log = logging.getLogger(__name__)
+
+TEMP_WARNING: Final = 0.8  # of --temp-limit
+
+
+@dataclass(frozen=True, slots=True)
+class TempSpace:
+    """The file system that holds the temporary images; sizes in bytes."""
+
+    path: str
+    free: int
+    total: int
+
+
+class Fleece:
+    """Disks, their snapshots, and the changes to both.
+
+    Args:
+        graph: Where the nodes go.
+        exports: Where the exports go.
+        state: The state folder, opened.
+
+    Attributes:
+        news: What happens to snapshots.
+    """
+
+    def __init__(self, graph: Graph, exports: Exports, state: StateFolder) -> None:
+        self.news: Notifier[News] = Notifier()
+        self._graph = graph
+        self._exports = exports
+        self._state = state
+        self._disks: dict[str, Disk] = {}
+        self._changing = asyncio.Lock()  # F1; never held by requests
+
+    # --- looking -------------------------------------------------------------------------------
+
+    def disks(self) -> list[Disk]:
+        """Return the disks, in the order in which they were added."""
+        return list(self._disks.values())
+
+    def disk(self, name: str) -> Disk:
+        """Return a disk by name.
+
+        Raises:
+            DiskNotFound: There is none.
+        """
+        disk = self._disks.get(name)
+        if disk is None:
+            raise DiskNotFound(f"there is no disk '{name}'")
+        return disk
+
+    def snapshots(self, disk: str | None = None) -> list[Snapshot]:
+        """Return the snapshots of one disk, or of all, oldest first for each disk.
+
+        Raises:
+            DiskNotFound: There is no such disk.
+        """
+        disks = self.disks() if disk is None else [self.disk(disk)]
+        return [snapshot for found in disks for snapshot in found.snapshots.values()]
+
+    async def temp_space(self) -> TempSpace:
+        """Return how full the file system of the temporary images is.
+
+        Cancel: safe.
+        """
+        path = self._state.temp_dir or self._state.path
+        found = await asyncio.to_thread(os.statvfs, path)
+        return TempSpace(
+            str(path), found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+        )
+
+    # --- disks ---------------------------------------------------------------------------------
+
+    async def add_disk(self, location: Location) -> Disk:
+        """Serve one more disk under its name.
+
+        Raises:
+            CommandError: It cannot be opened, or the name is taken. Nothing has changed.
+
+        Cancel: undone.
+        """
+        async with self._changing:
+            if location.disk in self._disks:
+                raise NameTaken(f"there is a disk '{location.disk}' already")
+            is_device = await asyncio.to_thread(is_block_device, location)
+            node = await self._graph.add(
+                self._node_name(location.disk),
+                make_driver(location, is_device=is_device),
+                read_only=location.read_only,
+                discard_enabled=location.discard,
+            )
+            try:
+                _check_size(location, node.size)
+                await asyncio.to_thread(self._write_disk, location, node.size, is_stopped=False)
+                name = location.disk
+                options = ExportOptions(name, name, not location.read_only, "")
+                export = self._exports.add(node, options)
+            except BaseException:
+                await self._graph.remove(node)
+                raise
+            disk = self._disks[location.disk] = Disk(location, node, export)
+            _log.info("disk %s: %s, %d bytes", disk.name, location.path, node.size)
+            return disk
+
+    async def remove_disk(self, name: str, *, force: bool) -> None:
+        """Serve a disk no more.
+
+        Args:
+            name: Its name.
+            force: Also while clients are connected, and with its snapshots.
+
+        Raises:
+            DiskNotFound: There is none.
+            InUse: Without `force`: it has clients or snapshots. Nothing has changed.
+            CommandError: Something cannot be taken away; what is left can be removed by a further
+                call.
+
+        Cancel: what is left can be removed by a further call.
+        """
+        async with self._changing:
+            disk = self.disk(name)
+            if not force and disk.snapshots:
+                names = ", ".join(disk.snapshots)
+                raise InUse(f"disk '{name}' has snapshots: {names}")
+            if not force and disk.clients:
+                raise InUse(f"disk '{name}' is in use by {disk.clients} connections")
+            for snapshot in list(disk.snapshots.values()):
+                await self._delete(disk, snapshot, RemoveMode.HARD)
+            await self._close(disk, RemoveMode.HARD if force else RemoveMode.SAFE)
+
+    async def _close(self, disk: Disk, mode: RemoveMode) -> None:
+        """Take a disk without snapshots away: export, data to the disk, node."""
+        if disk.export.root is not None:
+            await remove_export(self._exports, disk.export, mode)
+        if not disk.location.read_only:
+            try:
+                await disk.node.flush()
+            except IoError as error:
+                _log.error("disk %s: last flush failed: %s", disk.name, error)
+        await self._graph.remove(disk.node)
+        del self._disks[disk.name]
+        await asyncio.to_thread(self._write_disk, disk.location, disk.node.size, is_stopped=True)
+        _log.info("disk %s: removed", disk.name)
+
+    def _write_disk(self, location: Location, size: int, *, is_stopped: bool) -> None:
+        """Keep what is known of a disk; in a thread."""
+        self._state.write_disk(location.disk, identity(location, size, is_stopped=is_stopped))
+
+    def _node_name(self, disk: str) -> str | None:
+        """Return the disk's name as that of its node, where a node may be called so."""
+        return disk if len(disk) <= MAX_NODE_NAME else None
+
+    # --- snapshots -----------------------------------------------------------------------------
+
+    async def create_snapshots(
+        self, disks: Sequence[str], name: str | None, options: SnapshotOptions
+    ) -> list[Snapshot]:
+        """Take the point in time of some disks, the same for all.
+
+        Args:
+            disks: Names of disks.
+            name: Name of the snapshots; None: the time, `YYYYmmddTHHMMSSZ`.
+            options: How they behave.
+
+        Raises:
+            DiskNotFound: A disk is not there.
+            NameTaken: One has a snapshot of that name.
+            CommandError: It cannot be done. Nothing has changed.
+
+        Cancel: undone.
+        """
+        if not disks:
+            raise CommandError("no disk is named")
+        if len(set(disks)) < len(disks):
+            raise CommandError("a disk is named twice")
+        if name is not None:
+            check_snapshot_name(name)
+        async with self._changing:
+            group = [self.disk(disk) for disk in disks]
+            name = self._free_name(group) if name is None else self._check_free(group, name)
+            made: list[Snapshot] = []
+            try:
+                for disk in group:
+                    made.append(Snapshot(disk.name, name, options))
+                    await made[-1].prepare(self._graph, self._state, disk.top)
+                await self._take_instant(group, made)
+                for snapshot in made:
+                    await snapshot.expose(self._graph, self._exports)
+                    await snapshot.keep(self._state)
+            except BaseException:
+                await self._undo(made)
+                raise
+            for disk, snapshot in zip(group, made, strict=True):
+                disk.snapshots[name] = snapshot
+                self.news.publish(SnapshotCreated(disk.name, name, snapshot.instant))
+                self._watch(snapshot)
+                _log.info("snapshot %s: taken at %s", snapshot.export_name, snapshot.instant)
+            return made
+
+    async def delete_snapshot(self, disk: str, name: str, *, force: bool) -> None:
+        """Give up a snapshot; with `force` also while it is being read.
+
+        Raises:
+            DiskNotFound: There is no such disk.
+            SnapshotNotFound: It has no such snapshot.
+            InUse: It is being read, and no `force`. Nothing has changed.
+            CommandError: It cannot be taken apart now. It can be read on, or, where readers have been
+                cut off, be deleted by a further call.
+
+        Cancel: it can be deleted by a further call.
+        """
+        async with self._changing:
+            found = self.disk(disk)
+            snapshot = found.snapshots.get(name)
+            if snapshot is None:
+                raise SnapshotNotFound(f"disk '{disk}' has no snapshot '{name}'")
+            if not force and snapshot.readers:
+                raise InUse(
+                    f"snapshot {snapshot.export_name} is being read by "
+                    f"{snapshot.readers} connections"
+                )
+            await self._delete(found, snapshot, RemoveMode.HARD if force else RemoveMode.SAFE)
+
+    async def _take_instant(self, group: list[Disk], made: list[Snapshot]) -> None:
+        """Engage all filters in one drained section, or none (F2)."""
+        async with quiet(*(disk.top for disk in group)):
+            engaged: list[Snapshot] = []
+            instant = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+            try:
+                for snapshot in made:
+                    snapshot.engage(self._graph, instant)
+                    engaged.append(snapshot)
+            except CommandError:
+                for snapshot in reversed(engaged):
+                    snapshot.disengage(self._graph)
+                raise
+
+    async def _undo(self, made: list[Snapshot]) -> None:
+        """Take apart what an attempt has made; what cannot be is logged, the next start removes it."""
+        for snapshot in reversed(made):
+            try:
+                await snapshot.hide(self._graph, self._exports, RemoveMode.HARD)
+                await snapshot.take_apart(self._graph)
+            except CommandError as error:
+                _log.error("snapshot %s: %s", snapshot.export_name, error)
+
+    async def _delete(self, disk: Disk, snapshot: Snapshot, mode: RemoveMode) -> None:
+        await snapshot.hide(self._graph, self._exports, mode)
+        try:
+            await snapshot.take_apart(self._graph)
+        except CommandError:
+            if snapshot.is_engaged:
+                await snapshot.expose(self._graph, self._exports)
+            raise
+        del disk.snapshots[snapshot.name]
+        self.news.publish(SnapshotDeleted(disk.name, snapshot.name))
+        _log.info("snapshot %s: deleted", snapshot.export_name)
+
+    def _watch(self, snapshot: Snapshot) -> None:
+        """Tell of a broken snapshot, and of one whose limit comes near."""
+        disk, name, limit = snapshot.disk, snapshot.name, snapshot.options.temp_limit
+
+        def broken(error: IoError) -> None:
+            _log.error("snapshot %s: broken: %s", snapshot.export_name, error)
+            self.news.publish(SnapshotBroken(disk, name, str(error)))
+
+        if snapshot.cbw.error is not None:  # already
+            broken(snapshot.cbw.error)
+        snapshot.cbw.broken.subscribe(broken)
+        if limit is None:
+            return
+
+        def saved(used: int) -> None:
+            if used >= limit * TEMP_WARNING:
+                unsubscribe()
+                _log.warning("snapshot %s: %d of %d bytes used", snapshot.export_name, used, limit)
+                self.news.publish(TempThreshold(disk, name, used, limit))
+
+        unsubscribe = snapshot.cbw.saved.subscribe(saved)
+        saved(snapshot.cbw.saved_bytes)
+
+    def _check_free(self, group: list[Disk], name: str) -> str:
+        for disk in group:
+            if self._is_taken(disk, name):
+                raise NameTaken(f"disk '{disk.name}' has a snapshot '{name}' already")
+        return name
+
+    def _free_name(self, group: list[Disk]) -> str:
+        """Return the time as a name, with a number where that is taken."""
+        base = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        name, number = base, 1
+        while any(self._is_taken(disk, name) for disk in group):
+            number += 1
+            name = f"{base}-{number}"
+        return name
+
+    def _is_taken(self, disk: Disk, name: str) -> bool:
+        return name in disk.snapshots or self._state.snapshot_exists(disk.name, name)
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Give up all snapshots, which last no longer than the process, and close the disks.
+
+        What cannot be closed is logged.
+
+        Cancel: the rest stays open.
+        """
+        async with self._changing:
+            for disk in self.disks():
+                try:
+                    for snapshot in reversed(list(disk.snapshots.values())):
+                        await self._delete(disk, snapshot, RemoveMode.HARD)
+                    await self._close(disk, RemoveMode.HARD)
+                except CommandError as error:
+                    _log.error("disk %s: %s", disk.name, error)
+
+
+def _check_size(location: Location, size: int) -> None:
+    if not 0 < size <= MAX_SIZE:
+        raise CommandError(
+            f"disk '{location.disk}': '{location.path}' has {size} bytes, which cannot be served"
+        )

@@ -1,0 +1,194 @@
+"""Disk arguments as people write them: ``[NAME=]LOCATION[,key=value...]``.
+
+Commas in values are doubled. NAME ends at the first ``=`` before which there is no slash; so a file
+called ``a=b`` is written ``./a=b``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from nbdfleece.base.errors import CommandError, ConfigError
+from nbdfleece.base.limits import MAX_DISK_NAME
+from nbdfleece.fleece.errors import LocationNotFound, NotBuilt
+
+NAME_RULE: Final = "a letter, then at most 63 letters, digits, '_', '.' or '-'"
+
+_NAME: Final = re.compile(rf"[A-Za-z][A-Za-z0-9_.-]{{0,{MAX_DISK_NAME - 1}}}")
+_TIME_NAME: Final = re.compile(r"[0-9]{8}T[0-9]{6}Z(?:-[0-9]{1,9})?")
+_URI: Final = re.compile(r"(?:nbd|nbds)(?:\+[a-z]+)?://", re.IGNORECASE)
+_SWITCHES: Final = {"on": True, "off": False}
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    "format": ("raw", "qcow2"),
+    "read-only": ("on", "off"),
+    "discard": ("unmap", "ignore"),
+    "cache": ("writeback", "none"),
+    "locking": ("on", "off"),
+}
+
+# First bytes of what is no raw disk: (offset, bytes, name).
+_IMAGE_FORMATS: Final = (
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"conectix", "vpc"),
+    (0, b"vhdxfile", "vhdx"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"Bochs Virtual HD Image", "bochs"),
+)
+_PROBE_LENGTH: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A disk as it was asked for.
+
+    Attributes:
+        disk: Its name.
+        path: Where it is; absolute.
+        format_given: `format=raw` was said, so its first bytes do not matter.
+        read_only: Nobody may write.
+        discard: Discards reach the file (`discard=unmap`).
+        direct: The page cache is not used (`cache=none`).
+        locking: Take QEMU's image locks.
+    """
+
+    disk: str
+    path: str
+    format_given: bool = False
+    read_only: bool = False
+    discard: bool = True
+    direct: bool = False
+    locking: bool = True
+
+
+def check_disk_name(name: str) -> None:
+    """Check that a disk may be called `name`.
+
+    Raises:
+        ConfigError: It may not.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise ConfigError(f"'{name}' cannot be the name of a disk: use {NAME_RULE}")
+
+
+def check_snapshot_name(name: str) -> None:
+    """Check that a snapshot may be called `name`: as disks, or as the names that we give ourselves.
+
+    Raises:
+        ConfigError: It may not.
+    """
+    if _NAME.fullmatch(name) is None and _TIME_NAME.fullmatch(name) is None:
+        raise ConfigError(f"'{name}' cannot be the name of a snapshot: use {NAME_RULE}")
+
+
+def parse_location(text: str) -> Location:
+    """Return what a disk argument asks for; nothing is opened.
+
+    Raises:
+        ConfigError: The argument is malformed.
+        NotBuilt: It asks for what is not there yet.
+    """
+    first, *rest = _split_commas(text)
+    before, equals, after = first.partition("=")
+    name, path = (before, after) if equals and "/" not in before else ("", first)
+    options: dict[str, str] = {}
+    for option in rest:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ConfigError(f"disk '{text}': '{option}' is not of the form key=value")
+        if key in options:
+            raise ConfigError(f"disk '{text}': '{key}' is given twice")
+        options[key] = value
+    return make_location(name or None, path, options)
+
+
+def make_location(name: str | None, path: str, options: dict[str, str]) -> Location:
+    """Return the disk of its parts; `name` is the file's name without its ending by default.
+
+    Raises:
+        ConfigError: A part is wrong.
+        NotBuilt: It asks for what is not there yet.
+    """
+    if not path:
+        raise ConfigError(f"disk '{name or ''}': no location is given")
+    if _URI.match(path):
+        raise NotBuilt(f"disk '{path}': NBD servers as disks are not built yet")
+    if name is None:
+        name = Path(path).stem
+        if _NAME.fullmatch(name) is None:
+            raise ConfigError(
+                f"disk '{path}': '{name}' cannot be the name of a disk ({NAME_RULE}); "
+                "give one as NAME=LOCATION"
+            )
+    check_disk_name(name)
+    for key, value in options.items():
+        _check_option(name, key, value)
+    if options.get("format") == "qcow2":
+        raise NotBuilt(f"disk '{name}': format=qcow2 is not built yet")
+    return Location(
+        disk=name,
+        path=os.path.abspath(path),
+        format_given="format" in options,
+        read_only=_SWITCHES[options.get("read-only", "off")],
+        discard=options.get("discard", "unmap") == "unmap",
+        direct=options.get("cache", "writeback") == "none",
+        locking=_SWITCHES[options.get("locking", "on")],
+    )
+
+
+def is_block_device(location: Location) -> bool:
+    """Tell whether the disk is a block device; else it is a regular file.
+
+    Raises:
+        CommandError: It is neither, is not there, or holds an image that is not raw.
+    """
+    try:
+        mode = os.stat(location.path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            what = "a folder" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+            raise CommandError(f"disk '{location.disk}': '{location.path}' is {what}")
+        if not location.format_given:
+            _check_is_raw(location)
+    except FileNotFoundError as error:
+        raise LocationNotFound(
+            f"disk '{location.disk}': '{location.path}': {error.strerror}"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        text = error.strerror if isinstance(error, OSError) else str(error)
+        raise CommandError(f"disk '{location.disk}': '{location.path}': {text}") from error
+    return stat.S_ISBLK(mode)
+
+
+def _check_is_raw(location: Location) -> None:
+    with open(location.path, "rb") as file:
+        start = file.read(_PROBE_LENGTH)
+    for offset, magic, name in _IMAGE_FORMATS:
+        if start[offset : offset + len(magic)] == magic:
+            raise CommandError(
+                f"disk '{location.disk}': '{location.path}' looks like a {name} image; "
+                "to serve its bytes as they are, say format=raw"
+            )
+
+
+def _check_option(disk: str, key: str, value: str) -> None:
+    choices = _CHOICES.get(key)
+    if choices is None:
+        raise ConfigError(f"disk '{disk}': unknown key '{key}' (known: {', '.join(_CHOICES)})")
+    if value not in choices:
+        raise ConfigError(f"disk '{disk}': {key}='{value}' is none of {', '.join(choices)}")
+
+
+def _split_commas(text: str) -> list[str]:
+    """Split at single commas and undouble the others."""
+    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]

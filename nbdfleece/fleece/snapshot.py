@@ -1,0 +1,326 @@
+"""A snapshot: the point in time of one disk, readable under an export name of its own.
+
+::
+
+    live export ---> [copy-before-write] --file----> what was the top before
+                          ^      `-----target---> temp.raw
+    DISK@NAME ---> [snapshot-access]
+
+A snapshot is built and taken apart in steps. Each step undoes nothing but itself, and `take_apart`
+goes on wherever an earlier attempt stopped.
+
+Invariants
+  S1  The filter is in the guest's path exactly while `is_engaged`.
+  S2  The access node hangs on the filter only while the filter is engaged: on anything else it would
+      show the live disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from nbdfleece.base.errors import CommandError
+from nbdfleece.block.child import Role
+from nbdfleece.block.drain import drained
+from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
+from nbdfleece.block.drivers.file import FileDriver
+from nbdfleece.block.drivers.locks import Locking
+from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
+from nbdfleece.fleece.disk import connections
+from nbdfleece.fleece.store import SnapshotFiles, StateFolder, remove_files
+from nbdfleece.server.export import Export, ExportOptions
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from nbdfleece.block.graph import Graph
+    from nbdfleece.block.node import Node
+    from nbdfleece.fleece.store import Value
+    from nbdfleece.server.exports import Exports, RemoveMode
+
+# A guest whose requests do not end holds up its disk's drain; rather than stop the guests of a whole
+# group for longer than this, the change is refused.
+QUIET_TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotOptions:
+    """How a snapshot behaves.
+
+    Attributes:
+        on_error: What gives way when old data cannot be saved.
+        timeout_s: Seconds that a guest write waits for its copies; None: for ever.
+        temp_limit: Bytes of old data that may be saved; None: what the file system has.
+    """
+
+    on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+    timeout_s: float | None = None
+    temp_limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFacts:
+    """What there is to say of a snapshot; sizes in bytes, `error` is None while it is whole."""
+
+    disk: str
+    snapshot: str
+    export: str
+    node_name: str
+    instant: str
+    size: int
+    saved_bytes: int
+    temp_bytes: int
+    error: str | None
+    readers: int
+    durability: str
+    on_error: str
+    timeout_s: float | None
+    temp_limit: int | None
+
+
+class Snapshot:
+    """One snapshot of one disk.
+
+    Attributes:
+        disk: Name of the disk.
+        name: Its own name.
+        options: How it behaves.
+        instant: The point in time, in RFC 3339 UTC; empty until it is taken.
+        cbw: The driver of its filter.
+        filter: The filter node; None before it is made and after it is gone.
+        is_engaged: See S1.
+    """
+
+    def __init__(self, disk: str, name: str, options: SnapshotOptions) -> None:
+        self.disk = disk
+        self.name = name
+        self.options = options
+        self.instant = ""
+        self.cbw = CopyBeforeWrite(
+            on_cbw_error=options.on_error,
+            cbw_timeout_s=options.timeout_s,
+            temp_limit=options.temp_limit,
+        )
+        self.filter: Node | None = None
+        self.is_engaged = False
+        self._files: SnapshotFiles | None = None
+        self._temp: Node | None = None
+        self._access: Node | None = None
+        self._export: Export | None = None
+
+    @property
+    def export_name(self) -> str:
+        """Name, and id, of the snapshot's export."""
+        return f"{self.disk}@{self.name}"
+
+    @property
+    def readers(self) -> int:
+        """Connections to the snapshot's export."""
+        return 0 if self._export is None else connections(self._export)
+
+    @property
+    def error(self) -> str | None:
+        """Why the snapshot cannot be read any more, or None."""
+        if self.cbw.error is not None:
+            return str(self.cbw.error)
+        if self._export is None:
+            return "it is only partly there: an attempt to delete it failed"
+        return None
+
+    def meta(self) -> dict[str, Value]:
+        """Return what meta.json says."""
+        return {
+            "disk": self.disk,
+            "snapshot": self.name,
+            "instant": self.instant,
+            "durability": "process",
+            "on-error": self.options.on_error.value,
+            "timeout": self.options.timeout_s,
+            "temp-limit": self.options.temp_limit,
+        }
+
+    async def facts(self) -> SnapshotFacts:
+        """Return what there is to say of the snapshot now.
+
+        Cancel: safe.
+        """
+        held = None if self._temp is None else await self._temp.driver.allocated_size()
+        return SnapshotFacts(
+            disk=self.disk,
+            snapshot=self.name,
+            export=self.export_name,
+            node_name="" if self._access is None else self._access.name,
+            instant=self.instant,
+            size=0 if self.filter is None else self.filter.size,
+            saved_bytes=self.cbw.saved_bytes,
+            temp_bytes=held or 0,
+            error=self.error,
+            readers=self.readers,
+            durability="process",
+            on_error=self.options.on_error.value,
+            timeout_s=self.options.timeout_s,
+            temp_limit=self.options.temp_limit,
+        )
+
+    # --- building --------------------------------------------------------------------------------
+
+    async def prepare(self, graph: Graph, state: StateFolder, top: Node) -> None:
+        """Make the files, the temporary image's node, and the filter over `top`, beside the guest.
+
+        Raises:
+            CommandError: It cannot be; `take_apart` is due.
+        """
+        self._files = await asyncio.to_thread(
+            state.make_snapshot, self.disk, self.name, top.size, self.meta()
+        )
+        self._temp = await graph.add(
+            None,
+            FileDriver(
+                filename=str(self._files.temp),
+                locking=Locking.AUTO,
+                cache_direct=False,
+                new_and_sparse=True,
+            ),
+            read_only=False,
+            discard_enabled=True,
+        )
+        self.filter = await graph.add(
+            None,
+            self.cbw,
+            {"file": (top, Role.FILTERED | Role.PRIMARY), "target": (self._temp, Role.DATA)},
+            read_only=top.read_only,
+            discard_enabled=True,
+        )
+
+    def engage(self, graph: Graph, instant: str) -> None:
+        """Take the instant: put the filter into the guest's path. The top is drained by the caller.
+
+        Raises:
+            CommandError: The permissions conflict. Nothing has changed.
+        """
+        assert self.filter is not None, "the snapshot is not prepared"
+        graph.insert_filter(self.filter)
+        self.instant = instant
+        self.is_engaged = True
+
+    def disengage(self, graph: Graph) -> None:
+        """Take the filter out of the guest's path again; drained by the caller, without access node.
+
+        Raises:
+            CommandError: An edge is frozen. Nothing has changed.
+        """
+        assert self.filter is not None, "the snapshot is not prepared"
+        assert self._access is None, "the access node would show the live disk"
+        graph.remove_filter(self.filter)
+        self.is_engaged = False
+
+    async def keep(self, state: StateFolder) -> None:
+        """Write down what the snapshot is, now that the instant is known.
+
+        Raises:
+            CommandError: It cannot be written.
+        """
+        assert self._files is not None, "the snapshot is not prepared"
+        await asyncio.to_thread(state.write_snapshot, self._files, self.meta())
+
+    async def expose(self, graph: Graph, exports: Exports) -> None:
+        """Make the point in time readable: access node and export.
+
+        Raises:
+            CommandError: It cannot be; `take_apart` is due.
+        """
+        assert self.filter is not None, "the snapshot is not prepared"
+        assert self.is_engaged, "the access node would show the live disk"
+        if self._access is None:
+            self._access = await graph.add(
+                None,
+                SnapshotAccess(),
+                {"file": (self.filter, Role.DATA | Role.PRIMARY)},
+                read_only=True,
+                discard_enabled=True,
+            )
+        name = self.export_name
+        self._export = exports.add(self._access, ExportOptions(name, name, False, self.instant))
+
+    # --- taking apart ----------------------------------------------------------------------------
+
+    async def hide(self, graph: Graph, exports: Exports, mode: RemoveMode) -> None:
+        """Undo `expose`.
+
+        Raises:
+            InUse: With SAFE: it is being read. Nothing has changed.
+            CommandError: With HARD: reads that had begun do not end. Nobody can connect any more.
+
+        Cancel: safe; `hide` may be called again.
+        """
+        if self._export is not None:
+            await remove_export(exports, self._export, mode)
+            self._export = None
+        if self._access is not None:
+            await graph.remove(self._access)
+            self._access = None
+
+    async def take_apart(self, graph: Graph) -> None:
+        """Undo `engage` and `prepare`, and remove the files; behind `hide`.
+
+        Raises:
+            CommandError: The guest's requests do not end, an edge is frozen, or a file cannot be
+                removed. What is left can be taken apart by another call.
+
+        Cancel: safe; `take_apart` may be called again.
+        """
+        if self.filter is not None:
+            if self.is_engaged:
+                assert self.filter.file is not None
+                async with quiet(self.filter, self.filter.file.node):
+                    self.disengage(graph)
+            await graph.remove(self.filter)
+            self.filter = None
+        if self._temp is not None:
+            await graph.remove(self._temp)
+            self._temp = None
+        if self._files is not None:
+            await asyncio.to_thread(remove_files, self._files)
+            self._files = None
+
+
+async def remove_export(exports: Exports, export: Export, mode: RemoveMode) -> None:
+    """Offer an export no more.
+
+    Raises:
+        InUse: With SAFE: it has clients. Nothing has changed.
+        CommandError: With HARD: requests that had begun do not end. Nobody can connect any more.
+
+    Cancel: safe; it may be removed again.
+    """
+    try:
+        async with asyncio.timeout(QUIET_TIMEOUT_S):
+            await exports.remove(export.options.id, mode)
+    except TimeoutError as error:
+        raise CommandError(
+            f"export '{export.options.name}': requests did not end "
+            f"within {QUIET_TIMEOUT_S:g} seconds"
+        ) from error
+
+
+@asynccontextmanager
+async def quiet(*nodes: Node) -> AsyncIterator[None]:
+    """Hold a drained section, unless it takes too long to get into it.
+
+    Raises:
+        CommandError: The requests on the nodes do not end; everything goes on as before.
+
+    Cancel: safe; the section is closed.
+    """
+    try:
+        async with asyncio.timeout(QUIET_TIMEOUT_S) as limit, drained(*nodes):
+            limit.reschedule(None)  # the body is not to be cut short
+            yield
+    except TimeoutError as error:
+        names = ", ".join(f"'{node.name}'" for node in nodes)
+        raise CommandError(
+            f"node {names}: requests did not end within {QUIET_TIMEOUT_S:g} seconds"
+        ) from error

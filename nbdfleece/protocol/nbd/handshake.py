@@ -1,0 +1,283 @@
+"""Server side of the handshake: from the greeting to transmission, or to a closed connection.
+
+Rules that hold for every option
+  H1  An option is received to its end before it is answered; data that no well-formed option of its
+      kind can have is read and dropped, never kept.
+  H2  After an error reply the next option parses. What cannot be answered ends the connection;
+      there is no third state.
+  H3  Nothing is looked up and nothing kept in proportion to a number from the client before that
+      number is within its limit.
+
+    greeting -> client flags -> option -> reply -> option -> ... -> Transmission
+                     |             |                    '--------> Closed (ABORT, violation)
+                     '-------------+-----------------------------> Closed (violation)
+
+Spec: NBD proto.md "Fixed newstyle negotiation".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from nbdfleece.base.errors import OptionRefused, PeerViolation
+from nbdfleece.base.limits import (
+    MAX_META_DATA,
+    MAX_OPTION_LENGTH,
+    MAX_OPTIONS,
+    MAX_OPTIONS_PER_EXPORT,
+    MAX_STRING,
+)
+from nbdfleece.base.units import KiB
+from nbdfleece.protocol.nbd import wire
+from nbdfleece.protocol.nbd.constants import (
+    IHAVEOPT,
+    NBD_FLAG_C_FIXED_NEWSTYLE,
+    NBD_FLAG_C_NO_ZEROES,
+    NBD_FLAG_FIXED_NEWSTYLE,
+    NBD_FLAG_NO_ZEROES,
+    NBD_OPT_ABORT,
+    NBD_OPT_EXPORT_NAME,
+    NBD_OPT_GO,
+    NBD_OPT_INFO,
+    NBD_OPT_LIST,
+    NBD_OPT_LIST_META_CONTEXT,
+    NBD_OPT_SET_META_CONTEXT,
+    NBD_OPT_STARTTLS,
+    NBD_OPT_STRUCTURED_REPLY,
+    NBD_REP_ERR_SHUTDOWN,
+    NBD_REP_ERR_UNSUP,
+)
+from nbdfleece.protocol.nbd.haggle import Directory, ExportInfo, Haggle, Option
+from nbdfleece.protocol.nbd.names import option_name
+from nbdfleece.protocol.nbd.options.export_name import answer_export_name
+from nbdfleece.protocol.nbd.options.go import MAX_INFO_DATA, answer_go, answer_info
+from nbdfleece.protocol.nbd.options.list import answer_list
+from nbdfleece.protocol.nbd.options.meta_context import (
+    answer_list_meta_context,
+    answer_set_meta_context,
+)
+from nbdfleece.protocol.nbd.options.simple import answer_abort, answer_structured_reply
+from nbdfleece.protocol.nbd.options.starttls import answer_starttls
+from nbdfleece.protocol.nbd.strings import encode
+from nbdfleece.protocol.nbd.talk import Conversation, Talk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+GREETING: Final = wire.greeting(NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES)
+
+_KNOWN_CLIENT_FLAGS: Final = NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES
+_DROPPED_AT_ONCE: Final = 64 * KiB
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The handshake ended without an export; the connection is to be closed.
+
+    Attributes:
+        reason: For the log.
+        quiet: Nobody did anything wrong: a port probe, a client that only listed, an abort.
+    """
+
+    reason: str
+    quiet: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Transmission:
+    """The handshake chose an export.
+
+    Attributes:
+        export: As it was described to the client.
+        flags: The transmission flags the client was told.
+        structured: Replies are structured.
+        contexts: (id, name) of the metadata contexts for BLOCK_STATUS.
+        leftover: Bytes of the first requests, received behind the last option.
+    """
+
+    export: ExportInfo
+    flags: int
+    structured: bool
+    contexts: tuple[tuple[int, str], ...]
+    leftover: bytes
+
+
+Outcome: TypeAlias = Closed | Transmission
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How one option is taken.
+
+    Attributes:
+        answer: Returns the replies; see `options`.
+        kept: Bytes of data that a well-formed option can have; what is beyond is dropped.
+        longest: Bytes of data above which the connection is closed without reading them.
+    """
+
+    answer: Callable[[Haggle, Option], bytes]
+    kept: int
+    longest: int = MAX_OPTION_LENGTH
+
+
+def _answer_unknown(haggle: Haggle, option: Option) -> bytes:
+    """Refuse what we do not know; clients fall back on exactly this error."""
+    del haggle  # the refusal depends on nothing
+    raise OptionRefused(NBD_REP_ERR_UNSUP, f"{option_name(option.number)} is not supported")
+
+
+# NBD_OPT_PEEK_EXPORT was withdrawn. NBD_OPT_EXTENDED_HEADERS is not supported yet.
+_UNKNOWN: Final = _Rule(_answer_unknown, kept=0)
+_OPTIONS: Final = {
+    NBD_OPT_EXPORT_NAME: _Rule(answer_export_name, kept=MAX_STRING, longest=MAX_STRING),
+    NBD_OPT_ABORT: _Rule(answer_abort, kept=0),
+    NBD_OPT_LIST: _Rule(answer_list, kept=0),
+    NBD_OPT_STARTTLS: _Rule(answer_starttls, kept=0),
+    NBD_OPT_INFO: _Rule(answer_info, kept=MAX_INFO_DATA),
+    NBD_OPT_GO: _Rule(answer_go, kept=MAX_INFO_DATA),
+    NBD_OPT_STRUCTURED_REPLY: _Rule(answer_structured_reply, kept=0),
+    NBD_OPT_LIST_META_CONTEXT: _Rule(answer_list_meta_context, kept=MAX_META_DATA),
+    NBD_OPT_SET_META_CONTEXT: _Rule(answer_set_meta_context, kept=MAX_META_DATA),
+}
+
+
+class Handshake:
+    """One handshake, seen from the server.
+
+    Feed it what was received and send what it yields until `outcome` is there.
+
+    Attributes:
+        is_shutting_down: Set from outside: options but ABORT are answered NBD_REP_ERR_SHUTDOWN.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self.is_shutting_down = False
+        self._directory = directory
+        self._conversation = Conversation(self._talk())
+        self._lost: Closed | None = None
+        self._is_inside = False  # something of which the client still owes bytes
+        self._options = 0
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it ended; None while it goes on.
+
+        It is there before the last reply is yielded, so that the caller can hold the chosen export
+        before the client hears of it.
+        """
+        return self._lost or self._conversation.result
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Take received bytes (none at first, for the greeting); yield what to send.
+
+        Yields the replies of one option at a time; send each before asking for the next, so that
+        a client that pipelines options and reads nothing cannot make us hold all answers.
+        """
+        return self._conversation.feed(data)
+
+    def end_of_stream(self) -> Closed:
+        """Tell that the client sends no more; return how that ends the handshake.
+
+        A client that leaves between options did nothing wrong: port probes do it.
+        """
+        is_partial = self._is_inside or bool(self._conversation.leftover)
+        where = "in the middle of an option" if is_partial else "during the handshake"
+        self._lost = Closed(f"client left {where}", quiet=not is_partial)
+        return self._lost
+
+    def _talk(self) -> Talk[Outcome]:
+        """Haggle, and turn the client's violations into an outcome."""
+        try:
+            return (yield from self._haggle())
+        except PeerViolation as violation:
+            return Closed(str(violation), quiet=False)
+
+    def _haggle(self) -> Talk[Outcome]:
+        """The handshake from top to bottom."""
+        yield GREETING
+        (client_flags,) = wire.CLIENT_FLAGS.unpack((yield wire.CLIENT_FLAGS.size))
+        if client_flags & ~_KNOWN_CLIENT_FLAGS:
+            raise PeerViolation(f"unknown client flags {client_flags:#x}")
+        haggle = Haggle(self._directory, no_zeroes=bool(client_flags & NBD_FLAG_C_NO_ZEROES))
+        is_fixed = bool(client_flags & NBD_FLAG_C_FIXED_NEWSTYLE)
+        while True:
+            option = yield from self._receive_option(is_fixed=is_fixed)
+            replies = self._answer(haggle, option)
+            if option.number != NBD_OPT_INFO:
+                haggle.last_info = None
+            if haggle.chosen is not None:
+                return (yield from self._enter_transmission(haggle, haggle.chosen, replies))
+            yield replies
+            if haggle.aborted:
+                return Closed("client aborted the handshake", quiet=True)
+
+    def _receive_option(self, *, is_fixed: bool) -> Talk[Option]:
+        """Return the next option, received to its end.
+
+        Raises:
+            PeerViolation: It is not an option, or beyond what is taken from a client.
+        """
+        header = yield wire.OPTION_HEADER.size
+        magic, number, length = wire.OPTION_HEADER.unpack(header)
+        rule = _OPTIONS.get(number, _UNKNOWN)
+        if magic != IHAVEOPT:
+            raise PeerViolation(f"bad option magic {magic:#x}")
+        if not is_fixed and number != NBD_OPT_EXPORT_NAME:
+            raise PeerViolation(f"{option_name(number)} without NBD_FLAG_C_FIXED_NEWSTYLE")
+        if length > rule.longest:
+            raise PeerViolation(f"{option_name(number)} with {length} bytes of data")
+        self._count_option()
+        self._is_inside = True
+        data = yield min(length, rule.kept)
+        missing = length - len(data)
+        while missing:
+            missing -= len((yield min(missing, _DROPPED_AT_ONCE)))
+        self._is_inside = False
+        return Option(number, length, data)
+
+    def _count_option(self) -> None:
+        """Count one more option of this client.
+
+        Raises:
+            PeerViolation: It has sent more than any client needs.
+        """
+        self._options += 1
+        if self._options <= MAX_OPTIONS:
+            return
+        try:
+            exports = len(self._directory.list())
+        except OptionRefused:
+            exports = 0  # who may not list has no use for options per export
+        allowed = MAX_OPTIONS + MAX_OPTIONS_PER_EXPORT * exports
+        if self._options > allowed:
+            raise PeerViolation(f"more than {allowed} options")
+
+    def _answer(self, haggle: Haggle, option: Option) -> bytes:
+        """Return the replies to one option."""
+        rule = _OPTIONS.get(option.number, _UNKNOWN)
+        if self.is_shutting_down and option.number != NBD_OPT_ABORT:
+            if option.number == NBD_OPT_EXPORT_NAME:
+                raise PeerViolation("NBD_OPT_EXPORT_NAME while the server shuts down")
+            return _refusal(option, NBD_REP_ERR_SHUTDOWN, "the server shuts down")
+        try:
+            return rule.answer(haggle, option)
+        except OptionRefused as refused:
+            return _refusal(option, refused.reply, refused.text)
+
+    def _enter_transmission(
+        self, haggle: Haggle, export: ExportInfo, replies: bytes
+    ) -> Talk[Outcome]:
+        """Send the last replies and return the outcome."""
+        flags = haggle.transmission_flags(export)
+        contexts = haggle.selected_contexts()
+        # The conversation runs on to the return before it hands out these replies: what it has
+        # not taken by then was received behind the option and belongs to transmission.
+        yield replies
+        leftover = self._conversation.leftover
+        return Transmission(export, flags, haggle.structured, contexts, leftover)
+
+
+def _refusal(option: Option, reply: int, text: str) -> bytes:
+    """Return an error reply; the text is within a string's limit."""
+    return wire.option_reply(option.number, reply, encode(text))

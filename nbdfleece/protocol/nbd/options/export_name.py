@@ -1,0 +1,31 @@
+"""NBD_OPT_EXPORT_NAME: enter transmission, the old way without a place for errors.
+
+Spec: NBD proto.md "Option types" (NBD_OPT_EXPORT_NAME).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nbdfleece.base.errors import OptionRefused, PeerViolation
+from nbdfleece.protocol.nbd import wire
+from nbdfleece.protocol.nbd.strings import decode
+
+if TYPE_CHECKING:
+    from nbdfleece.protocol.nbd.haggle import Haggle, Option
+
+
+def answer_export_name(haggle: Haggle, option: Option) -> bytes:
+    """Choose the export whose name is the option's whole data ("" is the default export).
+
+    Raises:
+        PeerViolation: No such export, or a name that cannot be one: this option has no other no.
+    """
+    try:
+        export = haggle.find(decode(option.data, "export name"))
+    except OptionRefused as refusal:
+        raise PeerViolation(f"NBD_OPT_EXPORT_NAME: {refusal.text}") from refusal
+    haggle.chosen = export
+    return wire.export_name_reply(
+        size=export.size, flags=haggle.transmission_flags(export), no_zeroes=haggle.no_zeroes
+    )

@@ -1,0 +1,1 @@
+"""QMP on the wire: framing, messages, and the schema of arguments. Sans-I/O."""

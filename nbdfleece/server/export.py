@@ -1,0 +1,256 @@
+"""Export: a node of the block graph, offered to clients under a name.
+
+Invariants
+  E1  While an export is drained none of its pumps begins a request, also not a pump that is opened
+      meanwhile.
+  E2  The route changes only when the root edge does, which happens in a drained section; no
+      running request sees two nodes.
+  E3  An export counts as idle only when every request of every connection it ever had has ended,
+      whatever became of the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from nbdfleece.base.limits import MAX_PAYLOAD
+from nbdfleece.base.units import KiB, is_power_of_2
+from nbdfleece.block import permissions
+from nbdfleece.datapath.pump import Pump
+from nbdfleece.datapath.route import Route, StatusFunction
+from nbdfleece.protocol.nbd.constants import (
+    NBD_FLAG_CAN_MULTI_CONN,
+    NBD_FLAG_HAS_FLAGS,
+    NBD_FLAG_READ_ONLY,
+    NBD_FLAG_SEND_CACHE,
+    NBD_FLAG_SEND_FAST_ZERO,
+    NBD_FLAG_SEND_FLUSH,
+    NBD_FLAG_SEND_FUA,
+    NBD_FLAG_SEND_TRIM,
+    NBD_FLAG_SEND_WRITE_ZEROES,
+    NBD_META_BASE_ALLOCATION,
+)
+from nbdfleece.protocol.nbd.haggle import ExportInfo
+
+if TYPE_CHECKING:
+    import socket
+
+    from nbdfleece.base.extent import Extent
+    from nbdfleece.block.child import Child
+    from nbdfleece.block.node import Node
+    from nbdfleece.protocol.nbd.handshake import Transmission
+
+# A flush reaches the one node behind all connections, so several of them are as good as one.
+_FLAGS: Final = (
+    NBD_FLAG_HAS_FLAGS
+    | NBD_FLAG_SEND_FLUSH
+    | NBD_FLAG_SEND_FUA
+    | NBD_FLAG_CAN_MULTI_CONN
+    | NBD_FLAG_SEND_CACHE
+)
+READ_ONLY_FLAGS: Final = _FLAGS | NBD_FLAG_READ_ONLY
+WRITABLE_FLAGS: Final = (
+    _FLAGS | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
+)
+
+_PREFERRED_BLOCK: Final = 4 * KiB
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How a node is offered.
+
+    Attributes:
+        id: Name of the export in the control plane; never seen by clients.
+        name: Export name that clients ask for.
+        writable: Clients may write.
+        description: For people, in LIST and INFO; may be empty.
+    """
+
+    id: str
+    name: str
+    writable: bool
+    description: str
+
+
+class Export:
+    """One export, and the parent of the edge to its root node (block.child.Parent).
+
+    Attributes:
+        options: How the node is offered.
+        generation: Tells this export from an earlier one of the same name.
+        root: The edge to the node; None before it is attached and after it is detached.
+        is_closing: No new connection may use it.
+        holders: Sessions that have chosen it.
+        pumps: Connections in transmission; a pump leaves when all of its requests have ended.
+    """
+
+    def __init__(self, options: ExportOptions, *, generation: int) -> None:
+        self.options = options
+        self.generation = generation
+        self.root: Child | None = None
+        self.is_closing = False
+        self.holders = 0
+        self.pumps: set[Pump] = set()
+        self._route: Route | None = None
+        self._drains = 0
+        self._unused_waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def flags(self) -> int:
+        """Transmission flags, without NBD_FLAG_SEND_DF."""
+        return WRITABLE_FLAGS if self.options.writable else READ_ONLY_FLAGS
+
+    @property
+    def edge_permissions(self) -> tuple[int, int]:
+        """(needed, shared) of the edge to the root node: nobody may resize it."""
+        needed = permissions.CONSISTENT_READ
+        if self.options.writable:
+            needed |= permissions.WRITE
+        return needed, permissions.ALL & ~permissions.RESIZE
+
+    @property
+    def node(self) -> Node:
+        """The root node."""
+        assert self.root is not None, "the export is not attached"
+        return self.root.node
+
+    def describe(self) -> ExportInfo:
+        """Return what the handshake tells of this export."""
+        node = self.node
+        cluster = node.driver.cluster_size()
+        is_block_size = is_power_of_2(cluster) and _PREFERRED_BLOCK < cluster <= MAX_PAYLOAD
+        return ExportInfo(
+            self.options.name,
+            node.size,
+            self.flags,
+            self.options.description,
+            preferred_block=cluster if is_block_size else _PREFERRED_BLOCK,
+            contexts=(NBD_META_BASE_ALLOCATION,),
+            generation=self.generation,
+        )
+
+    # --- connections -------------------------------------------------------------------------
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any client is connected, or any of its requests is running."""
+        return self.holders > 0 or bool(self.pumps)
+
+    def hold(self) -> None:
+        """Count one more session that has chosen this export."""
+        assert not self.is_closing, "the export is closing"
+        self.holders += 1
+
+    def release(self) -> None:
+        """Undo one `hold`."""
+        self.holders -= 1
+        self._wake_if_unused()
+
+    def open_pump(self, sock: socket.socket, chosen: Transmission) -> Pump:
+        """Begin transmission on a connection that holds this export.
+
+        The pump owns the socket. It has not started, and counts as this export's until all of its
+        requests have ended.
+        """
+        assert self._route is not None, "the export is not attached"
+        contexts: list[tuple[int, StatusFunction]] = [
+            (context, self._status_function(name)) for context, name in chosen.contexts
+        ]
+        pump = Pump(
+            sock,
+            self._route,
+            structured=chosen.structured,
+            contexts=contexts,
+            leftover=chosen.leftover,
+        )
+        if self._drains:
+            pump.pause()
+        self.pumps.add(pump)
+        pump.closed.add_done_callback(lambda _: self._pump_closed(pump))
+        return pump
+
+    async def wait_unused(self) -> None:
+        """Return when no client is connected and no request is running.
+
+        Cancel: safe.
+        """
+        while self.is_used:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._unused_waiters.append(waiter)
+            await waiter
+
+    def _pump_closed(self, pump: Pump) -> None:
+        self.pumps.discard(pump)
+        self._wake_if_unused()
+
+    def _wake_if_unused(self) -> None:
+        if self.is_used:
+            return
+        waiters, self._unused_waiters = self._unused_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # --- metadata contexts ---------------------------------------------------------------------
+
+    def _status_function(self, context: str) -> StatusFunction:
+        """Return what BLOCK_STATUS asks for one of `describe().contexts`."""
+        assert context == NBD_META_BASE_ALLOCATION, f"metadata context {context}"
+        return self._allocation
+
+    async def _allocation(self, offset: int, length: int) -> list[Extent]:
+        """base:allocation. The flags of base.extent are those of the spec."""
+        return await self.node.block_status(offset, length)
+
+    # --- as a parent (block.child.Parent) ------------------------------------------------------
+
+    def describe_parent(self) -> str:
+        """Return how errors call this export."""
+        return f"export '{self.options.id}'"
+
+    def child_attached(self, edge: Child) -> None:
+        """Send all requests to the node at the end of `edge` from now on (E2)."""
+        node = edge.node
+        self.root = edge
+        self._route = Route(node, size=node.size, flags=self.flags)
+        # `Node.read_now` does nothing but this call.
+        self._route.read_now = node.driver.read_now
+        for pump in self.pumps:
+            pump.route = self._route
+
+    def child_detached(self, edge: Child) -> None:
+        """Forget the edge; in a drained section, or without connections."""
+        assert self.root is edge, "not the root of this export"
+        self.root = None
+        self._route = None
+
+    def drained_begin(self) -> None:
+        """Begin no requests until the matching `drained_end`; connections stay."""
+        self._drains += 1
+        if self._drains == 1:
+            for pump in self.pumps:
+                pump.pause()
+
+    def drained_end(self) -> None:
+        """Undo one `drained_begin`."""
+        assert self._drains > 0, "drained_end without drained_begin"
+        self._drains -= 1
+        if self._drains == 0:
+            for pump in self.pumps:
+                pump.resume()
+
+    def is_idle(self) -> bool:
+        """Tell whether no request is running."""
+        return all(pump.is_idle() for pump in self.pumps)
+
+    async def wait_idle(self) -> None:
+        """Return when no request is running; only useful while drained.
+
+        Cancel: safe.
+        """
+        while not self.is_idle():
+            for pump in list(self.pumps):
+                await pump.wait_idle()

@@ -1,0 +1,148 @@
+"""All exports: added, found, listed, removed.
+
+Invariants
+  R1  Ids are unique, and so are names; both are compared exactly.
+  R2  An export that is being removed cannot be found by clients; its id is taken until it is gone.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from typing import TYPE_CHECKING
+
+from nbdfleece.base.errors import CommandError, InUse, NotFound, OptionRefused
+from nbdfleece.base.limits import MAX_SIZE
+from nbdfleece.base.notify import Notifier
+from nbdfleece.protocol.nbd.strings import decode
+from nbdfleece.server.export import Export, ExportOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nbdfleece.block.graph import Graph
+    from nbdfleece.block.node import Node
+    from nbdfleece.protocol.nbd.haggle import ExportInfo
+
+
+class RemoveMode(enum.Enum):
+    """What happens to the clients of an export that is removed; values as in QMP."""
+
+    SAFE = "safe"  # refuse while there are any
+    HARD = "hard"  # disconnect them
+
+
+class Exports:
+    """The exports of one server; also the Directory of a client that may see all of them.
+
+    Attributes:
+        default_name: Name of the export that a client gets for the empty name, or None.
+        removed: Tells the id of each export that is gone.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.default_name: str | None = None
+        self.removed: Notifier[str] = Notifier()
+        self._graph = graph
+        self._by_id: dict[str, Export] = {}
+        self._by_name: dict[str, Export] = {}
+        self._generations = itertools.count(1)
+
+    def __iter__(self) -> Iterator[Export]:
+        return iter(list(self._by_id.values()))
+
+    # --- the control plane's side --------------------------------------------------------------
+
+    def add(self, node: Node, options: ExportOptions) -> Export:
+        """Offer `node` to clients.
+
+        Raises:
+            CommandError: The id or the name is taken, a string is not one of the spec, the node is
+                read-only but the export is not, or too large, or permissions conflict. Nothing
+                has changed.
+        """
+        self._check_new(options)
+        if node.size > MAX_SIZE:
+            raise CommandError(f"node '{node.name}' is larger than clients can bear")
+        export = Export(options, generation=next(self._generations))
+        needed, shared = export.edge_permissions
+        self._graph.attach_root("root", export, node, perm=needed, shared=shared)
+        self._by_id[options.id] = export
+        self._by_name[options.name] = export
+        return export
+
+    def get(self, export_id: str) -> Export:
+        """Return the export with this id.
+
+        Raises:
+            NotFound: There is none.
+        """
+        export = self._by_id.get(export_id)
+        if export is None:
+            raise NotFound(f"Export '{export_id}' is not found")
+        return export
+
+    async def remove(self, export_id: str, mode: RemoveMode) -> None:
+        """Offer an export no more, and let its node go.
+
+        With HARD the connections are closed at once; this returns when the requests that they had
+        begun have ended.
+
+        Raises:
+            NotFound: There is none with this id.
+            InUse: With SAFE: it has clients, or its removal is under way. Nothing has changed.
+
+        Cancel: abandons the wait; with HARD the clients are gone, the id stays taken.
+        """
+        export = self.get(export_id)
+        if mode is RemoveMode.SAFE and (export.is_used or export.is_closing):
+            raise InUse(f"export '{export_id}' still in use")
+        if not export.is_closing:
+            export.is_closing = True
+            del self._by_name[export.options.name]
+        for pump in list(export.pumps):
+            pump.abort("the export is removed")
+        await export.wait_unused()
+        if export.root is None:  # somebody else has waited for the same
+            return
+        self._graph.detach_root(export.root)
+        del self._by_id[export_id]
+        self.removed.publish(export_id)
+
+    def _check_new(self, options: ExportOptions) -> None:
+        """Check that an export with these options may be added.
+
+        Raises:
+            CommandError: Its text says why not.
+        """
+        if not options.id or options.id.startswith("#"):
+            raise CommandError(f"Invalid block export id '{options.id}'")
+        if options.id in self._by_id:
+            raise CommandError(f"Block export id '{options.id}' is already in use")
+        for what, text in (("name", options.name), ("description", options.description)):
+            try:
+                # Strings from a command line may hold bytes that are not UTF-8.
+                decode(text.encode(errors="surrogateescape"), f"export {what}")
+            except OptionRefused as refused:
+                raise CommandError(f"export '{options.id}': {refused.text}") from refused
+        if options.name in self._by_name:
+            raise CommandError(f"NBD server already has export named '{options.name}'")
+
+    # --- the clients' side (protocol.nbd.haggle.Directory) -------------------------------------
+
+    def find(self, name: str) -> ExportInfo | None:
+        """Return the export of that name, the default export for "", or None."""
+        export = self._by_name.get(name)
+        if export is None and not name and self.default_name is not None:
+            export = self._by_name.get(self.default_name)
+        return None if export is None else export.describe()
+
+    def list(self) -> list[ExportInfo]:
+        """Return all exports that clients may ask for."""
+        return [export.describe() for export in self._by_name.values()]
+
+    def chosen(self, info: ExportInfo) -> Export:
+        """Return the export that `find` has just described, without an await in between."""
+        export = self._by_name[info.name]
+        assert export.generation == info.generation, "another export has taken the name"
+        return export
