@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from nbdfleece.server.addresses import Address, FdAddress, TcpAddress, UnixAddress
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from nbdfleece.server.listener import Listener
+import os
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
     from nbdfleece.control.events import Events
     from nbdfleece.fleece.fleece import Fleece
     from nbdfleece.protocol.qmp.schema import Arguments, Struct
     from nbdfleece.protocol.qmp.values import Json
+    from nbdfleece.server.listener import Listener
     from nbdfleece.server.server import Server
 
 
@@ -32,6 +41,32 @@ class Context:
     events: Events
     quit: Callable[[], None]
     started: str
+
+
+def addresses(listener: Listener) -> list[Address]:
+    """Return where `listener` really listens: a name resolved, a descriptor's own address."""
+    if not isinstance(listener.address, TcpAddress | FdAddress):
+        return [listener.address]
+    found: list[Address] = []
+    for sock in listener.sockets:
+        name = sock.getsockname()
+        if sock.family == socket.AF_UNIX:
+            found.append(UnixAddress(os.fsdecode(name)))
+        elif sock.family in (socket.AF_INET, socket.AF_INET6):
+            found.append(TcpAddress(name[0], name[1]))
+    return found
+
+
+def uris(server: Server, export: str) -> list[str]:
+    """Return the URIs under which clients on this machine reach an export."""
+    found: list[str] = []
+    for listener in server.listeners:
+        if isinstance(listener.address, FdAddress):
+            places = addresses(listener)
+        else:
+            places = [listener.address]
+        found += [place.uri(export) for place in places if not isinstance(place, FdAddress)]
+    return found
 
 
 Handler: TypeAlias = "Callable[[Context, Arguments], Awaitable[Json]]"

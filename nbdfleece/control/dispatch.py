@@ -35,11 +35,14 @@ class Dispatcher:
 
     Args:
         context: What commands work on.
+
+    Attributes:
+        negotiating: `qmp_capabilities` has not been done: no other command works, no event is sent.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._negotiating = True
+        self.negotiating = True
 
     async def answer(self, message: Mapping[str, Json]) -> Json:
         """Carry out one request and return the answer. Never raises but CancelledError.
@@ -55,7 +58,7 @@ class Dispatcher:
             )
         except NbdfleeceError as error:
             return messages.failure(CommandError.qmp_class, str(error), identity)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a fault of ours ends one command
             _log.exception("command failed by a fault of nbdfleece")
             return messages.failure(
                 CommandError.qmp_class, f"internal error: {type(error).__name__}", identity
@@ -66,13 +69,13 @@ class Dispatcher:
         command = COMMANDS.get(request.execute)
         if command is None:
             raise CommandNotFound(f"The command {request.execute} has not been found")
-        if self._negotiating and not command.in_negotiation:
+        if self.negotiating and not command.in_negotiation:
             raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
-        if command.in_negotiation and not self._negotiating:
+        if command.in_negotiation and not self.negotiating:
             raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
         arguments = Arguments(command.arguments, request.arguments)
         result = await command.run(self._context, arguments)
-        self._negotiating = False
+        self.negotiating = False
         return result
 
 

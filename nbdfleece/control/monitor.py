@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _READ: Final = 64 * 1024
+_LINGER_S: Final = 5.0  # for the client to take the last answers
 _MAX_ANSWERS: Final = 64  # waiting to be sent; then no more requests are read
 
 
@@ -57,6 +58,7 @@ class Monitor:
         self._ending = False  # nothing more is queued; send what is there
         self._busy = False  # a command is running
         self._reader: asyncio.Task[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until the client leaves, or `stop`.
@@ -68,9 +70,7 @@ class Monitor:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._reader = tasks.create_task(self._read())
-                tasks.create_task(self._write())
-        except* OSError as gone:
-            _log.debug("monitor: %s", gone.exceptions[0])
+                self._writer = tasks.create_task(self._write())
         finally:
             unsubscribe()
             self._sock.close()
@@ -85,22 +85,30 @@ class Monitor:
     # --- in ----------------------------------------------------------------------------------
 
     async def _read(self) -> None:
-        loop = asyncio.get_running_loop()
-        framer = Framer()
         try:
-            while not self._ending:
-                data = await loop.sock_recv(self._sock, _READ)
-                if not data:
-                    break
-                for message in framer.feed(data):
-                    await self._handle(message)
-                    if self._ending:
-                        break
+            await self._read_requests()
         except TooMuch as error:
             self._put(encode(_refusal(str(error))))
+        except OSError as error:
+            _log.debug("monitor: %s", error)
         finally:
             self._ending = True
             self._changed.set()
+            if self._writer is not None:
+                loop = asyncio.get_running_loop()
+                loop.call_later(_LINGER_S, self._writer.cancel)
+
+    async def _read_requests(self) -> None:
+        loop = asyncio.get_running_loop()
+        framer = Framer()
+        while not self._ending:
+            data = await loop.sock_recv(self._sock, _READ)
+            if not data:
+                return
+            for message in framer.feed(data):
+                await self._handle(message)
+                if self._is_ending():
+                    return
 
     async def _handle(self, message: Mapping[str, Json] | BadMessage) -> None:
         if isinstance(message, BadMessage):
@@ -117,6 +125,9 @@ class Monitor:
             await self._changed.wait()
 
     # --- out ---------------------------------------------------------------------------------
+
+    def _is_ending(self) -> bool:
+        return self._ending
 
     def _put(self, message: bytes) -> None:
         self._queue.append((False, message))
@@ -140,6 +151,13 @@ class Monitor:
         self._lost += 1
 
     async def _write(self) -> None:
+        try:
+            await self._write_queue()
+        except OSError as error:
+            _log.debug("monitor: %s", error)
+            self.stop()
+
+    async def _write_queue(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             while not self._queue:

@@ -125,9 +125,10 @@ class FileIo:
             SaveError: A copy failed; the states of what was not copied are unchanged.
             IoError: All copies are done and the write failed.
         """
-        # Reads that wait for the disk must not queue up behind each other.
+        # In the lane of the target: when it is stuck, writes here that need no copy must go on. And
+        # reads that wait for the disk must not queue up behind each other.
         cached = all(not isinstance(old, int) for _, old, _, _, _ in saves)
-        lane = self._serial if cached and len(data) <= _SMALL_WRITE else self._blocking
+        lane = target._serial if cached and len(data) <= _SMALL_WRITE else target._blocking  # noqa: SLF001 - of the same class
         fd, target_fd = self.fd, target.fd
         try:
             await lane.submit(lambda: _save_then_write(fd, target_fd, saves, done, offset, data))
@@ -268,6 +269,8 @@ def _seek_extents(fd: int, offset: int, end: int) -> list[Extent]:
             offset = stop
             continue
         stop = min(os.lseek(fd, offset, os.SEEK_HOLE), end)
+        if stop == offset:  # a hole was punched between the two calls: look again
+            continue
         extents.append(Extent(offset, stop - offset, DATA))
         offset = stop
     return extents

@@ -12,7 +12,7 @@ Invariants
   O3  A client that takes not one byte for WRITE_STALL_S is dropped.
 
 # FAST: one send per wake-up instead of one per reply halves the cost of a 4 KiB read at depth 16;
-# plain form in tests/reference/outbox.py
+# plain form in tests/reference/pump.py
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Outbox:
 
     def has_room(self, size: int) -> bool:
         """Tell whether a reply of `size` bytes may be made in place now; sends if that helps."""
-        if self.filled + size > CAPACITY:
+        if self._backlog or self.filled + size > CAPACITY:  # the backlog goes out behind the buffer
             self.flush()
         return not self.blocked
 

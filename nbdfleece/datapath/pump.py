@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import mmap
 import socket
 from collections import deque
 from struct import Struct
@@ -44,6 +43,8 @@ from nbdfleece.base.limits import (
     READ_PIECE,
 )
 from nbdfleece.base.units import KiB, MiB
+from nbdfleece.datapath.inbox import CAPACITY as INBOX_CAPACITY
+from nbdfleece.datapath.inbox import Inbox
 from nbdfleece.datapath.outbox import SEND_AT, Outbox
 from nbdfleece.datapath.step import Step
 from nbdfleece.datapath.workers import completions
@@ -80,7 +81,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _HEADER: Final = wire.REQUEST.size
-_INBOX: Final = 256 * KiB
 _INLINE_PAYLOAD: Final = 64 * KiB  # larger WRITE payloads are received into their own buffer
 _TURN_BYTES: Final = 2 * MiB  # read for one client before others get their turn
 _UNIX_SEND_BUFFER: Final = 1 * MiB
@@ -132,23 +132,18 @@ class Pump:
         self.requests = self.bytes_read = self.bytes_written = 0
         self._sock = sock
         self._structured = structured
-        self._loop = asyncio.get_running_loop()
         self._completions = completions()
+        self._loop = self._completions.loop
         self.closed: asyncio.Future[str | None] = self._loop.create_future()
         self._out = Outbox(sock, self._plan_turn, self.abort)
-        self._inbox = memoryview(mmap.mmap(-1, _INBOX))
-        self._head, self._tail = 0, len(leftover)  # unparsed bytes of the inbox
-        self._inbox[: self._tail] = leftover
-        self._payload: tuple[Request, bytearray, int] | None = None  # being received
-        self._drop = 0  # bytes of a refused payload still to come
+        self._in = Inbox(leftover)
+        self._incoming: tuple[Request, int] | None = None  # WRITE not all here, and its error
         self._longs: deque[tuple[int, int, int]] = deque()  # READs half sent: cookie, offset, left
-        self._bytes_in_flight = 0
-        self._pauses = 0
+        self._bytes_in_flight = self._pauses = 0
         self._reading = self._working = False  # the socket is watched; inside _work
         self._flush_planned = self._turn_planned = False
         self._hungry = False  # nothing more can be begun with the bytes we have
-        self._finishing = False  # no more requests; close when all replies are out
-        self._gone = False  # the socket is closed
+        self._finishing = self._gone = False  # close when all is replied to; socket closed
         self._reason: str | None = None
         self._idle_waiters: list[asyncio.Future[None]] = []
         if sock.family == socket.AF_UNIX:
@@ -185,7 +180,8 @@ class Pump:
     def finish(self) -> None:
         """Begin no more requests; close when those in flight have been replied to."""
         self._finishing = True
-        self._head = self._tail = 0
+        self._in.clear()
+        self._incoming = None
         self._work()
 
     def abort(self, reason: str) -> None:
@@ -199,19 +195,8 @@ class Pump:
     def _on_readable(self) -> None:
         """Take what the socket has and carry out what is complete."""
         try:
-            if self._payload is not None:
-                self._receive_payload()
-            else:
-                if self._tail == _INBOX or self._head == self._tail:
-                    self._compact()
-                if self._tail == _INBOX:  # full of requests that wait for their turn
-                    self._work()
-                    return
-                count = self._sock.recv_into(self._inbox[self._tail :])
-                if count == 0:
-                    self._received_eof()
-                    return
-                self._tail += count
+            if not self._in.is_full() and self._in.receive(self._sock) == 0:
+                self._received_eof()
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -219,33 +204,9 @@ class Pump:
             return
         self._work()
 
-    def _receive_payload(self) -> None:
-        assert self._payload is not None
-        request, buffer, have = self._payload
-        count = self._sock.recv_into(memoryview(buffer)[have:])
-        if count == 0:
-            self._received_eof()
-            return
-        have += count
-        if have < len(buffer):
-            self._payload = (request, buffer, have)
-            return
-        self._payload = None
-        self._begin_write(request, memoryview(buffer))
-
     def _received_eof(self) -> None:
-        """Carry out what was received whole, then close (P4)."""
-        if self._reason is None and (self._payload is not None or self._head != self._tail):
-            self._reason = "the client went away inside a request"
-        self._payload = None
+        """Note that what was received whole is to be carried out and the socket then closed (P4)."""
         self._finishing = True
-        self._work()
-
-    def _compact(self) -> None:
-        rest = self._tail - self._head
-        if rest:
-            self._inbox[:rest] = self._inbox[self._head : self._tail]
-        self._head, self._tail = 0, rest
 
     # --- parsing ---------------------------------------------------------------------------
 
@@ -254,7 +215,9 @@ class Pump:
         if self._gone:
             return
         self._working = True
+        self._completions.begin_turn()
         self._begin_requests()
+        self._completions.end_turn()
         self._working = False
         self._out.flush()
         self._update_reader()
@@ -285,34 +248,36 @@ class Pump:
         # FAST: cached reads are served in this loop without a coroutine, 5 of 9 microseconds per
         # 4 KiB read; plain form in tests/reference/pump.py
         """
-        unpack, inbox = wire.REQUEST.unpack_from, self._inbox
+        unpack, inbox = wire.REQUEST.unpack_from, self._in
         budget = _TURN_BYTES
         self._hungry = False
         while self._may_begin():
             if self._longs:
                 budget -= self._continue_long()
-            else:
-                if self._drop:
-                    self._drop_payload()
-                head = self._head
-                if self._tail - head < _HEADER or self._payload is not None:
+            elif self._incoming is not None:
+                if not self._take_incoming():
                     self._hungry = True
                     return
-                magic, flags, command, cookie, offset, length = unpack(inbox, head)
+            else:
+                head = inbox.head
+                if inbox.tail - head < _HEADER:
+                    self._hungry = True
+                    return
+                magic, flags, command, cookie, offset, length = unpack(inbox.view, head)
                 if magic != NBD_REQUEST_MAGIC:
                     self.abort(f"bad request magic {magic:#010x}")
                     return
                 route = self.route
                 if (
                     command == NBD_CMD_READ
-                    and flags == 0
-                    and length
-                    and (length <= READ_PIECE and offset + length <= route.size)
+                    and not flags
+                    and 0 < length <= READ_PIECE
+                    and offset + length <= route.size
                 ):
                     # The usual request; everything about it is known to be right.
                     if not self._out.has_room(length + _PIECE_OVERHEAD):
                         return
-                    self._head = head + _HEADER
+                    inbox.head = head + _HEADER
                     self.requests += 1
                     self._read_piece(cookie, offset, length, done=True)
                     budget -= length
@@ -326,11 +291,11 @@ class Pump:
                 return
 
     def _begin_other(self, request: Request) -> bool:
-        """Begin a request that is not a plain short READ; False when its payload is not here yet."""
+        """Begin any other request; False when its payload is not here yet, or it is the last."""
         flags, command, cookie, offset, length = request
         route = self.route
         if command == NBD_CMD_DISC:
-            self._head = self._tail = 0
+            self._in.clear()
             self._finishing = True
             return False
         error = check(
@@ -339,7 +304,7 @@ class Pump:
         )  # fmt: skip
         if command == NBD_CMD_WRITE and length:
             return self._take_payload(request, error)
-        self._head += _HEADER
+        self._in.head += _HEADER
         self.requests += 1
         if error:
             self._reply_error(request, error, "")
@@ -355,42 +320,47 @@ class Pump:
 
     def _take_payload(self, request: Request, error: int) -> bool:
         """Begin a WRITE, or receive its payload first; a refused one is read and dropped."""
-        _, _, _, _, length = request
+        inbox, length = self._in, request[4]
         if length > MAX_DRAINED_PAYLOAD:
             self.abort(f"write of {length} bytes")
             return False
-        if error:
-            self._head += _HEADER
-            self.requests += 1
-            self._reply_error(request, error, "")  # may go out before the payload has come in
-            self._drop = length
-            return True
-        start = self._head + _HEADER
-        have = min(self._tail - start, length)
-        if have == length:
+        start = inbox.head + _HEADER
+        if not error and inbox.tail - start >= length:
             # Copied: the inbox is used again before the write is over.
-            data = memoryview(bytes(self._inbox[start : start + length]))
-            self._head = start + length
+            data = memoryview(bytes(inbox.view[start : start + length]))
+            inbox.head = start + length
             self.requests += 1
             self._begin_write(request, data)
             return True
-        if length <= _INLINE_PAYLOAD:
-            if start + length > _INBOX:
-                self._compact()
+        if not error and length <= _INLINE_PAYLOAD:
+            if start + length > INBOX_CAPACITY:
+                inbox.make_room()
             return False
-        buffer = bytearray(length)
-        buffer[:have] = self._inbox[start : start + have]
-        self._head = self._tail = 0
+        inbox.head = start
         self.requests += 1
-        self._payload = (request, buffer, have)
-        return False
+        self._incoming = (request, error)
+        if error:
+            inbox.skip(length)
+        else:
+            inbox.await_payload(length)
+        return True
 
-    def _drop_payload(self) -> None:
-        count = min(self._drop, self._tail - self._head)
-        self._head += count
-        self._drop -= count
-        if self._head == self._tail:
-            self._head = self._tail = 0
+    def _take_incoming(self) -> bool:
+        """Begin, or refuse, the WRITE whose payload was awaited; False when it is not here yet."""
+        assert self._incoming is not None
+        request, error = self._incoming
+        if error:
+            if not self._in.skip(0):
+                return False
+            self._incoming = None
+            self._reply_error(request, error, "")
+        else:
+            payload = self._in.take_payload()
+            if payload is None:
+                return False
+            self._incoming = None
+            self._begin_write(request, payload)
+        return True
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -398,7 +368,7 @@ class Pump:
         """Put a READ, or a piece of one, into the outbox, which has room for it.
 
         Returns:
-            False when the data is not at hand; a coroutine has taken over then, for all that is left
+            False when the data is not at hand; then a coroutine has taken over all that is left
             of a short read.
         """
         out = self._out
@@ -528,7 +498,7 @@ class Pump:
             await self._fill_cache(offset, length)
 
     async def _fill_cache(self, offset: int, length: int) -> None:
-        """Read the range, which leaves it in the page cache; also finds out what is not readable."""
+        """Read the range, which leaves it in the page cache, or fails where a READ would."""
         view = memoryview(bytearray(min(length, READ_PIECE)))
         while length:
             piece = view[: min(length, READ_PIECE)]
@@ -645,6 +615,8 @@ class Pump:
         if not self._gone:
             if self.in_flight or self._longs or not self._hungry or not self._out.is_empty():
                 return
+            if not self._in.is_empty():
+                self._reason = "the client went away inside a request"
             self._hang_up()
         elif self.in_flight == 0 and not self.closed.done():
             self.closed.set_result(self._reason)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DiskFacts:
-    """What there is to say of a disk; sizes in bytes, `clients` are connections to its live export."""
+    """What there is to say of a disk; sizes in bytes, `clients` use its live export."""
 
     disk: str
     location: str
@@ -90,7 +90,7 @@ class Disk:
 
 
 def connections(export: Export) -> int:
-    """Return how many clients use the export; one that left counts until its requests have ended."""
+    """Return how many clients use the export; who left counts until its requests have ended."""
     return max(export.holders, len(export.pumps))
 
 

@@ -245,8 +245,8 @@ class Fleece:
             DiskNotFound: There is no such disk.
             SnapshotNotFound: It has no such snapshot.
             InUse: It is being read, and no `force`. Nothing has changed.
-            CommandError: It cannot be taken apart now. It can be read on, or, where readers have been
-                cut off, be deleted by a further call.
+            CommandError: It cannot be taken apart now; it can be read on, or deleted by a further
+                call.
 
         Cancel: it can be deleted by a further call.
         """
@@ -277,7 +277,7 @@ class Fleece:
                 raise
 
     async def _undo(self, made: list[Snapshot]) -> None:
-        """Take apart what an attempt has made; what cannot be is logged, the next start removes it."""
+        """Take apart what an attempt has made; what stays is logged; the next start removes it."""
         for snapshot in reversed(made):
             try:
                 await snapshot.hide(self._graph, self._exports, RemoveMode.HARD)
@@ -340,13 +340,15 @@ class Fleece:
 
     # --- the end ---------------------------------------------------------------------------------
 
-    async def close(self) -> None:
+    async def close(self) -> bool:
         """Give up all snapshots, which last no longer than the process, and close the disks.
 
-        What cannot be closed is logged.
+        Returns:
+            Whether all could be closed; what could not is logged.
 
         Cancel: the rest stays open.
         """
+        is_clean = True
         async with self._changing:
             for disk in self.disks():
                 try:
@@ -354,7 +356,9 @@ class Fleece:
                         await self._delete(disk, snapshot, RemoveMode.HARD)
                     await self._close(disk, RemoveMode.HARD)
                 except CommandError as error:
+                    is_clean = False
                     _log.error("disk %s: %s", disk.name, error)
+        return is_clean
 
 
 def _check_size(location: Location, size: int) -> None:

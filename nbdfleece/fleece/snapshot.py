@@ -11,8 +11,8 @@ goes on wherever an earlier attempt stopped.
 
 Invariants
   S1  The filter is in the guest's path exactly while `is_engaged`.
-  S2  The access node hangs on the filter only while the filter is engaged: on anything else it would
-      show the live disk.
+  S2  The access node hangs on the filter only while that is engaged: anywhere else it would show
+      the live disk.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from nbdfleece.fleece.store import Value
     from nbdfleece.server.exports import Exports, RemoveMode
 
-# A guest whose requests do not end holds up its disk's drain; rather than stop the guests of a whole
-# group for longer than this, the change is refused.
+# Requests that do not end hold up the drain; rather than stop the guests of a whole group for
+# longer than this, the change is refused.
 QUIET_TIMEOUT_S: Final = 10.0
 
 
@@ -59,6 +59,11 @@ class SnapshotOptions:
     on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     timeout_s: float | None = None
     temp_limit: int | None = None
+
+
+def on_error_policy(text: str) -> OnCbwError:
+    """Return the policy that is called `text` (break-snapshot, break-guest-write)."""
+    return OnCbwError(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,11 @@ class Snapshot:
         return f"{self.disk}@{self.name}"
 
     @property
+    def node_name(self) -> str:
+        """Name of the access node; empty while there is none."""
+        return "" if self._access is None else self._access.name
+
+    @property
     def readers(self) -> int:
         """Connections to the snapshot's export."""
         return 0 if self._export is None else connections(self._export)
@@ -152,7 +162,7 @@ class Snapshot:
             disk=self.disk,
             snapshot=self.name,
             export=self.export_name,
-            node_name="" if self._access is None else self._access.name,
+            node_name=self.node_name,
             instant=self.instant,
             size=0 if self.filter is None else self.filter.size,
             saved_bytes=self.cbw.saved_bytes,
@@ -207,7 +217,7 @@ class Snapshot:
         self.is_engaged = True
 
     def disengage(self, graph: Graph) -> None:
-        """Take the filter out of the guest's path again; drained by the caller, without access node.
+        """Take the filter out of the guest's path; drained by the caller, without access node.
 
         Raises:
             CommandError: An edge is frozen. Nothing has changed.

@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, ClassVar
 
+from nbdfleece.base.errors import CommandError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent
+from nbdfleece.base.limits import MAX_SIZE
 from nbdfleece.block.driver import Driver
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class NullDriver(Driver):
 
     async def open(self) -> int:
         """Return the size; see Driver.open."""
+        if self._size > MAX_SIZE:
+            raise CommandError(f"A size of {self._size} bytes is too large")
         return self._size
 
     def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:

@@ -41,9 +41,11 @@ class RawDriver(Driver):
         self._offset = offset or 0
         self._wanted_size = size
 
-    def file_role(self) -> Role:
-        """Return what the `file` edge of this node has to be."""
-        return Role.PRIMARY | (Role.DATA if self._has_window else Role.FILTERED)
+    @staticmethod
+    def file_role(*, offset: int | None, size: int | None) -> Role:
+        """Return what the `file` edge of such a node has to be."""
+        has_window = offset is not None or size is not None
+        return Role.PRIMARY | (Role.DATA if has_window else Role.FILTERED)
 
     async def open(self) -> int:
         """Check that the window lies in the child; see Driver.open."""

@@ -68,7 +68,7 @@ class Boolean:
 
 @dataclass(frozen=True, slots=True)
 class Integer:
-    """A whole number from `low` to `high`; `c_name` is how QEMU calls the range, if it has a name."""
+    """A whole number from `low` to `high`; `c_name` is QEMU's name of the range, if it has one."""
 
     low: int = INT64[0]
     high: int = INT64[1]

@@ -1,0 +1,466 @@
+"""Drivers by name, and nodes made from options as blockdev-add has them.
+
+::
+
+    options (nested mappings) --parse_node_options--> NodeSpec --add_from_options--> nodes
+
+Parsing checks everything that can be checked without the graph. An error names the parameter with
+its path (`file.filename`). A new driver needs a function that reads its options, and a line in
+_DRIVERS.
+
+What an inline child is not told it takes from its parent: `read-only` and `cache`; `discard` is on,
+as whoever is above has decided already.
+
+Follows: QEMU qapi/block-core.json (BlockdevOptions), block.c (bdrv_inherited_options).
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from nbdfleece.base.errors import CommandError
+from nbdfleece.base.units import GiB
+from nbdfleece.block import permissions as perms
+from nbdfleece.block.child import Role
+from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
+from nbdfleece.block.drivers.fault import EVENTS, BlkdebugDriver, Injection, IoType, StateChange
+from nbdfleece.block.drivers.file import FileDriver
+from nbdfleece.block.drivers.host_device import HostDeviceDriver
+from nbdfleece.block.drivers.locks import Locking
+from nbdfleece.block.drivers.null import NullDriver
+from nbdfleece.block.drivers.raw import RawDriver
+from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
+
+if TYPE_CHECKING:
+    from nbdfleece.block.bitmap import DirtyBitmap
+    from nbdfleece.block.driver import Driver
+    from nbdfleece.block.graph import Graph
+    from nbdfleece.block.node import Node
+
+Choice = TypeVar("Choice", bound=enum.Enum)
+Build = Callable[["Graph"], "Driver"]
+
+_SECTOR: Final = 512  # unit of blkdebug's `sector`
+_PERMS: Final = MappingProxyType({name: bit for bit, name in perms.NAMES.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """A node as asked for, checked as far as that goes without the graph.
+
+    Attributes:
+        node_name: None: a private name is made.
+        driver: A name of the registry.
+        read_only: No parent may write.
+        discard: Discards are handed to the driver.
+        driver_options: Every option of the driver that was given or has a default, by QMP name.
+        children: Inline nodes, or names of existing ones, by child name.
+        roles: Of the same children.
+        build: Makes the driver; may look things up in the graph, and raises CommandError.
+    """
+
+    node_name: str | None
+    driver: str
+    read_only: bool
+    discard: bool
+    driver_options: Mapping[str, object]
+    children: Mapping[str, NodeSpec | str]
+    roles: Mapping[str, Role]
+    build: Build
+
+
+def drivers() -> list[str]:
+    """Return the names of all drivers."""
+    return sorted(_DRIVERS)
+
+
+def parse_node_options(options: Mapping[str, object]) -> NodeSpec:
+    """Check the options of a node and of its inline children.
+
+    Raises:
+        CommandError: The driver is unknown, or a parameter is missing, unexpected or bad.
+    """
+    return _parse(Options(options, "", inherited=_Inherited(read_only=False, direct=False)))
+
+
+async def add_from_options(graph: Graph, options: Mapping[str, object]) -> Node:
+    """Make a node and its inline children (blockdev-add).
+
+    Returns:
+        The node, which the monitor now owns.
+
+    Raises:
+        CommandError: It cannot be made. The graph is unchanged.
+
+    Cancel: not cancelled.
+    """
+    spec = parse_node_options(options)
+    if spec.node_name is None:
+        raise CommandError("'node-name' must be specified for the root node")
+    made: list[Node] = []
+    try:
+        node = await _add(graph, spec, made)
+    except BaseException:
+        for child in reversed(made):
+            await graph.remove(child)
+        raise
+    node.owned_by_monitor = True
+    return node
+
+
+async def _add(graph: Graph, spec: NodeSpec, made: list[Node]) -> Node:
+    children: dict[str, tuple[Node, Role]] = {}
+    for name, child in spec.children.items():
+        found = graph.find(child) if isinstance(child, str) else await _add(graph, child, made)
+        children[name] = (found, spec.roles[name])
+    node = await graph.add(
+        spec.node_name,
+        spec.build(graph),
+        children,
+        read_only=spec.read_only,
+        discard_enabled=spec.discard,
+    )
+    made.append(node)
+    return node
+
+
+# --- reading options --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Inherited:
+    """What an inline child takes from its parent."""
+
+    read_only: bool
+    direct: bool
+
+
+class Options:
+    """The options of one object: taken one by one, checked, and none may be left over.
+
+    Args:
+        options: As given.
+        path: Of this object, for errors: empty, or ending in a dot.
+        inherited: What holds where nothing is given.
+
+    Attributes:
+        taken: What was taken, by name, defaults included.
+        children: See NodeSpec.
+        roles: See NodeSpec.
+        direct: `cache.direct`.
+    """
+
+    def __init__(self, options: Mapping[str, object], path: str, inherited: _Inherited) -> None:
+        self._left = dict(options)
+        self.path = path
+        self.inherited = inherited
+        self.direct = inherited.direct
+        self.read_only = inherited.read_only
+        self.taken: dict[str, object] = {}
+        self.children: dict[str, NodeSpec | str] = {}
+        self.roles: dict[str, Role] = {}
+
+    def has(self, name: str) -> bool:
+        """Tell whether the parameter was given and has not been taken."""
+        return name in self._left
+
+    def require(self, name: str) -> None:
+        """Insist on a parameter.
+
+        Raises:
+            CommandError: It was not given.
+        """
+        if name not in self._left:
+            raise CommandError(f"Parameter '{self.path}{name}' is missing")
+
+    def string(self, name: str, default: str | None = None) -> str | None:
+        """Take a text."""
+        value = self._take(name, default)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong_type(name, "string")
+        return value
+
+    def required_string(self, name: str) -> str:
+        """Take a text that has to be there."""
+        self.require(name)
+        value = self.string(name)
+        if value is None:
+            raise self.wrong_type(name, "string")
+        return value
+
+    def boolean(self, name: str, *, default: bool) -> bool:
+        """Take a truth value."""
+        value = self._take(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong_type(name, "boolean")
+        return value
+
+    def number(self, name: str, default: int | None, *, bits: int = 64) -> int | None:
+        """Take a number from 0 to 2^bits - 1."""
+        value = self._take(name, default)
+        if value is None and default is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.wrong_type(name, "integer")
+        if not 0 <= value < 1 << bits:
+            raise CommandError(
+                f"Parameter '{self.path}{name}' expects a non-negative number below 2^{bits}"
+            )
+        return value
+
+    def choice(self, name: str, default: Choice) -> Choice:
+        """Take one of the values of an enumeration."""
+        value = self.string(name, str(default.value))
+        for member in type(default):
+            if member.value == value:
+                return member
+        raise self.not_accepted(name, value)
+
+    def only(self, name: str, accepted: object) -> None:
+        """Take a parameter that may be given, and has one value that is built."""
+        if self._take(name, accepted) != accepted:
+            raise CommandError(f"Parameter '{self.path}{name}' has no other value here yet")
+
+    def mapping(self, name: str) -> Options | None:
+        """Take a nested object, without its content."""
+        value = self._take(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.wrong_type(name, "object")
+        return Options(value, f"{self.path}{name}.", self.inherited)
+
+    def mappings(self, name: str) -> list[Options]:
+        """Take a list of objects."""
+        found: list[Options] = []
+        for index, value in enumerate(self._list(name)):
+            if not isinstance(value, Mapping):
+                raise self.wrong_type(f"{name}[{index}]", "object")
+            found.append(Options(value, f"{self.path}{name}[{index}].", self.inherited))
+        return found
+
+    def permissions(self, name: str) -> int:
+        """Take a list of permission names."""
+        found = perms.NONE
+        for index, value in enumerate(self._list(name)):
+            bit = _PERMS.get(value) if isinstance(value, str) else None
+            if bit is None:
+                raise self.not_accepted(f"{name}[{index}]", value)
+            found |= bit
+        return found
+
+    def child(self, name: str, role: Role) -> None:
+        """Take a child: the name of a node, or the options of one."""
+        self.require(name)
+        value = self._left.pop(name)
+        self.roles[name] = role
+        if isinstance(value, str):
+            self.children[name] = value
+        elif isinstance(value, Mapping):
+            inherited = _Inherited(read_only=self.read_only, direct=self.direct)
+            self.children[name] = _parse(Options(value, f"{self.path}{name}.", inherited))
+        else:
+            raise self.wrong_type(name, "BlockdevRef")
+
+    def finish(self) -> None:
+        """Check that nothing was given that nobody took.
+
+        Raises:
+            CommandError: Names the first such parameter.
+        """
+        if self._left:
+            raise CommandError(f"Parameter '{self.path}{next(iter(self._left))}' is unexpected")
+
+    def wrong_type(self, name: str, expected: str) -> CommandError:
+        """Return the error for a value of the wrong type."""
+        return CommandError(f"Invalid parameter type for '{self.path}{name}', expected: {expected}")
+
+    def not_accepted(self, name: str, value: object) -> CommandError:
+        """Return the error for a value that is none of those possible."""
+        return CommandError(f"Parameter '{self.path}{name}' does not accept value '{value}'")
+
+    def _take(self, name: str, default: object) -> object:
+        value = self._left.pop(name, default)
+        if value is not None:
+            self.taken[name] = value
+        return value
+
+    def _list(self, name: str) -> Iterable[object]:
+        value = self._take(name, None)
+        if value is None:
+            return ()
+        if not isinstance(value, list | tuple):
+            raise self.wrong_type(name, "array")
+        return list(value)
+
+
+class _Discard(enum.Enum):
+    IGNORE = "ignore"
+    UNMAP = "unmap"
+
+
+def _parse(options: Options) -> NodeSpec:
+    driver = options.required_string("driver")
+    read_options = _DRIVERS.get(driver)
+    if read_options is None:
+        raise options.not_accepted("driver", driver)
+    node_name = options.string("node-name")
+    options.read_only = options.boolean("read-only", default=options.inherited.read_only)
+    discard = options.choice("discard", _Discard.UNMAP if options.path else _Discard.IGNORE)
+    cache = options.mapping("cache")
+    if cache is not None:
+        options.direct = cache.boolean("direct", default=options.direct)
+        cache.only("no-flush", accepted=False)
+        cache.finish()
+    options.only("auto-read-only", accepted=False)
+    options.only("force-share", accepted=False)
+    options.only("detect-zeroes", accepted="off")
+    options.taken.clear()  # the rest is the driver's own
+    build = read_options(options)
+    options.finish()
+    return NodeSpec(
+        node_name=node_name,
+        driver=driver,
+        read_only=options.read_only,
+        discard=discard is _Discard.UNMAP,
+        driver_options=MappingProxyType(options.taken),
+        children=MappingProxyType(options.children),
+        roles=MappingProxyType(options.roles),
+        build=build,
+    )
+
+
+# --- the drivers ------------------------------------------------------------------------------
+
+
+def _file(options: Options) -> Build:
+    filename = options.required_string("filename")
+    locking = options.choice("locking", Locking.AUTO)
+    options.only("aio", accepted="threads")
+    direct = options.direct
+    return lambda _graph: FileDriver(
+        filename=filename, locking=locking, cache_direct=direct, new_and_sparse=False
+    )
+
+
+def _host_device(options: Options) -> Build:
+    filename = options.required_string("filename")
+    locking = options.choice("locking", Locking.AUTO)
+    options.only("aio", accepted="threads")
+    direct = options.direct
+    return lambda _graph: HostDeviceDriver(filename=filename, locking=locking, cache_direct=direct)
+
+
+def _null(options: Options) -> Build:
+    size = options.number("size", 1 * GiB) or 0
+    latency_ns = options.number("latency-ns", 0) or 0
+    read_zeroes = options.boolean("read-zeroes", default=False)
+    return lambda _graph: NullDriver(size=size, read_zeroes=read_zeroes, latency_ns=latency_ns)
+
+
+def _raw(options: Options) -> Build:
+    offset, size = options.number("offset", None), options.number("size", None)
+    options.child("file", RawDriver.file_role(offset=offset, size=size))
+    return lambda _graph: RawDriver(offset=offset, size=size)
+
+
+def _blkdebug(options: Options) -> Build:
+    injections = [_injection(rule) for rule in options.mappings("inject-error")]
+    changes = [_state_change(rule) for rule in options.mappings("set-state")]
+    take = options.permissions("take-child-perms")
+    unshare = options.permissions("unshare-child-perms")
+    options.child("image", Role.FILTERED | Role.PRIMARY)
+    return lambda _graph: BlkdebugDriver(
+        inject_errors=injections,
+        set_states=changes,
+        take_child_perms=take,
+        unshare_child_perms=unshare,
+    )
+
+
+def _event(options: Options) -> str:
+    event = options.required_string("event")
+    if event not in EVENTS:
+        raise options.not_accepted("event", event)
+    return event
+
+
+def _injection(options: Options) -> Injection:
+    event = _event(options)
+    iotype = options.choice("iotype", IoType.READ) if options.has("iotype") else None
+    sector = options.number("sector", None, bits=54)
+    injection = Injection(
+        event=event,
+        iotype=iotype,
+        errno=options.number("errno", errno.EIO, bits=31) or errno.EIO,
+        offset=None if sector is None else sector * _SECTOR,
+        length=_SECTOR,
+        state=options.number("state", 0, bits=31) or 0,
+        once=options.boolean("once", default=False),
+        immediately=options.boolean("immediately", default=False),
+    )
+    options.finish()
+    return injection
+
+
+def _state_change(options: Options) -> StateChange:
+    event = _event(options)
+    state = options.number("state", 0, bits=31) or 0
+    options.require("new_state")
+    change = StateChange(event, state, options.number("new_state", 0, bits=31) or 0)
+    options.finish()
+    return change
+
+
+def _copy_before_write(options: Options) -> Build:
+    on_cbw_error = options.choice("on-cbw-error", OnCbwError.BREAK_GUEST_WRITE)
+    timeout_s = options.number("cbw-timeout", 0, bits=32)
+    min_cluster_size = options.number("min-cluster-size", 0) or 0
+    bitmap = options.mapping("bitmap")
+    where: tuple[str, str] | None = None
+    if bitmap is not None:
+        where = bitmap.required_string("node"), bitmap.required_string("name")
+        bitmap.finish()
+    options.child("file", Role.FILTERED | Role.PRIMARY)
+    options.child("target", Role.DATA)
+
+    def build(graph: Graph) -> Driver:
+        return CopyBeforeWrite(
+            on_cbw_error=on_cbw_error,
+            cbw_timeout_s=float(timeout_s) if timeout_s else None,
+            min_cluster_size=min_cluster_size,
+            bitmap=None if where is None else _find_bitmap(graph, *where),
+            temp_limit=None,
+        )
+
+    return build
+
+
+def _find_bitmap(graph: Graph, node_name: str, name: str) -> DirtyBitmap:
+    bitmap = graph.find(node_name).bitmaps.get(name)
+    if bitmap is None:
+        raise CommandError(f"Dirty bitmap '{name}' not found")
+    return bitmap
+
+
+def _snapshot_access(options: Options) -> Build:
+    options.child("file", Role.DATA | Role.PRIMARY)
+    return lambda _graph: SnapshotAccess()
+
+
+_DRIVERS: Final[Mapping[str, Callable[[Options], Build]]] = MappingProxyType(
+    {
+        "blkdebug": _blkdebug,
+        "copy-before-write": _copy_before_write,
+        "file": _file,
+        "host_device": _host_device,
+        "null-co": _null,
+        "raw": _raw,
+        "snapshot-access": _snapshot_access,
+    }
+)

@@ -1,0 +1,271 @@
+"""The parser of the command line, one function for each group of commands."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias, TypeVar
+
+from nbdfleece.base.errors import ConfigError, NbdfleeceError
+from nbdfleece.base.units import parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    _Commands: TypeAlias = argparse._SubParsersAction["Parser"]  # noqa: SLF001 - has no public name
+
+T = TypeVar("T")
+
+
+class UsageError(NbdfleeceError):
+    """The command line makes no sense. `command` is as far as it was understood."""
+
+    def __init__(self, command: str, text: str) -> None:
+        super().__init__(text)
+        self.command = command
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises UsageError where argparse prints and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise UsageError(self.prog, message)
+
+
+# Commands with a name and no code yet: refused in one line.
+NOT_BUILT: Final = frozenset(
+    {
+        ("storage-daemon",),
+        ("disk",),
+        ("snapshot", "reset"),
+        ("clone",),
+        ("rollback",),
+        ("map",),
+        ("client",),
+        ("completion",),
+        ("bitmap",),
+        ("check",),
+        ("qmp",),
+        ("pki",),
+        ("backup",),
+        ("restore",),
+    }
+)
+
+# Likewise options, by command: (name, whether it takes a value).
+_SERVE_LATER: Final = (
+    ("--tls-creds", True),
+    ("--tls-verify-peer", True),
+    ("--policy", True),
+    ("--metrics", True),
+)
+_CREATE_LATER: Final = (
+    ("--expire", True),
+    ("--bitmap", True),
+    ("--token", True),
+    ("--pre", True),
+    ("--post", True),
+    ("--hook-timeout", True),
+    ("--internal", False),
+)
+_DELETE_LATER: Final = (("--success", False), ("--failed", False))
+
+
+def build_parser(version: str) -> Parser:
+    """Return the parser of the whole command line; `command` names what was chosen."""
+    parser = Parser(
+        prog="nbdfleece",
+        description="Serve disks over NBD, and read them as they were at one instant.",
+        epilog="example:  nbdfleece serve vda=/srv/vm/disk.raw",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"nbdfleece {version}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_snapshot(commands)
+    _add_status(commands)
+    return parser
+
+
+def _add(commands: _Commands, name: str, text: str, example: str) -> Parser:
+    return commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:  nbdfleece {example}",
+        allow_abbrev=False,
+    )
+
+
+def _add_serve(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "serve",
+        "serve disks to NBD clients, and wait for commands",
+        "serve --listen unix:/run/nbdfleece/nbd.sock vda=/srv/vm/disk.raw",
+    )
+    parser.set_defaults(command="serve")
+    parser.add_argument(
+        "disks",
+        nargs="*",
+        metavar="DISK",
+        help="[NAME=]LOCATION[,key=value...] with the keys format=raw, read-only=on|off, "
+        "discard=unmap|ignore, cache=writeback|none, locking=on|off",
+    )
+    text = _Adder(parser)
+    text(
+        "--listen",
+        "unix:PATH, tcp:HOST:PORT, vsock:CID:PORT or fd:N; repeatable",
+        "ADDRESS",
+        repeat=True,
+    )
+    text("--control", "control socket", "PATH")
+    text("--state-dir", "folder for what outlives the daemon", "DIR")
+    text("--temp-dir", "folder for old data (default: in the state folder)", "DIR")
+    text("--pid-file", "file for the process id", "PATH")
+    text("--config", "TOML file with the same names; the command line wins", "FILE")
+    text("--max-connections", "NBD clients at a time; 0: no limit", "N", kind=_count)
+    text("--handshake-timeout", "for a client to choose an export", "SECONDS", kind=_seconds)
+    text("--drain-timeout", "for requests to end at shutdown", "SECONDS", kind=_seconds)
+    _switch(parser, "--print-uri", "print nothing but URIs when ready")
+    _switch(parser, "--allow-insecure", "listen without TLS on addresses that are not loopback")
+    _switch(parser, "--check-config", "say what is wrong with the configuration, and stop")
+    _add_verbosity(parser)
+    _add_later(parser, _SERVE_LATER)
+
+
+def _add_snapshot(commands: _Commands) -> None:
+    group = _add(
+        commands, "snapshot", "take, look at and delete snapshots", "snapshot create vda vdb"
+    ).add_subparsers(metavar="SUBCOMMAND", required=True)
+    create = _add(
+        group,
+        "create",
+        "take the point in time of some disks, the same for all, and print DISK@NAME URI",
+        "snapshot create vda vdb --name nightly --temp-limit 20G",
+    )
+    create.set_defaults(command="snapshot create")
+    create.add_argument("disks", nargs="+", metavar="DISK", help="name of a disk")
+    text = _Adder(create)
+    text("--name", "name of the snapshot (default: the time)", "NAME")
+    text("--temp-limit", "most old data that may be kept", "SIZE", kind=_size)
+    create.add_argument(
+        "--on-error",
+        choices=("break-snapshot", "break-guest-write"),
+        help="what gives way when old data cannot be kept (default: break-snapshot)",
+    )
+    text("--timeout", "most that a guest write waits for old data", "SECONDS", kind=_seconds)
+    create.add_argument("--durability", choices=("process", "power"), help="what it outlives")
+    _add_common(create)
+    _add_later(create, _CREATE_LATER)
+    listing = _add(group, "list", "list the snapshots", "snapshot list vda")
+    listing.set_defaults(command="snapshot list")
+    listing.add_argument("disk", nargs="?", metavar="DISK", help="of this disk alone")
+    _add_common(listing)
+    show = _add(
+        group, "show", "show all there is to say of a snapshot", "snapshot show vda@nightly"
+    )
+    show.set_defaults(command="snapshot show")
+    show.add_argument("snapshot", metavar="DISK@NAME", help="which one")
+    _add_common(show)
+    delete = _add(group, "delete", "delete snapshots", "snapshot delete vda@nightly vdb@nightly")
+    delete.set_defaults(command="snapshot delete")
+    delete.add_argument("snapshots", nargs="+", metavar="DISK@NAME", help="which ones")
+    _switch(delete, "--force", "also while they are being read")
+    _add_common(delete, json=False)
+    _add_later(delete, _DELETE_LATER)
+
+
+def _add_status(commands: _Commands) -> None:
+    status = _add(
+        commands,
+        "status",
+        "show the daemon, its disks, snapshots, clients and temporary space",
+        "status --watch",
+    )
+    status.set_defaults(command="status")
+    _switch(status, "--watch", "draw it again every two seconds")
+    _add_common(status)
+    health = _add(
+        commands, "health", "tell, by the exit code, whether all is well", "health && echo well"
+    )
+    health.set_defaults(command="health")
+    _add_common(health, json=False)
+
+
+class _Adder:
+    """Adds options with a value to one parser; None is the value of those that are not given."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._parser = parser
+
+    def __call__(
+        self,
+        name: str,
+        text: str,
+        metavar: str,
+        *,
+        kind: Callable[[str], object] = str,
+        repeat: bool = False,
+    ) -> None:
+        action = "append" if repeat else "store"
+        self._parser.add_argument(name, metavar=metavar, help=text, type=kind, action=action)
+
+
+def _switch(parser: Parser, name: str, text: str) -> None:
+    parser.add_argument(name, action="store_true", default=None, help=text)
+
+
+def _add_common(parser: Parser, *, json: bool = True) -> None:
+    parser.add_argument("--control", metavar="PATH", help="control socket of the daemon")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    _add_verbosity(parser)
+
+
+def _add_verbosity(parser: Parser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("-v", "--verbose", action="store_true", help="say more")
+    group.add_argument("-q", "--quiet", action="store_true", help="say less")
+
+
+class _Later(argparse.Action):
+    """Refuses an option that has a name and no code yet."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Refuse."""
+        parser.error(f"{option_string} is not built yet")
+
+
+def _add_later(parser: Parser, options: Sequence[tuple[str, bool]]) -> None:
+    for name, has_value in options:
+        parser.add_argument(
+            name, action=_Later, nargs=None if has_value else 0, help=argparse.SUPPRESS
+        )
+
+
+def _size(text: str) -> int:
+    return _parsed(parse_size, text)
+
+
+def _seconds(text: str) -> float:
+    return _parsed(parse_duration, text)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+    return int(text)
+
+
+def _parsed(parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,159 @@
+"""A small blocking QMP client, and typed access to what it gets.
+
+One connection, one request at a time; events that come in between are dropped.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Self
+
+from nbdfleece.base.errors import NbdfleeceError
+from nbdfleece.protocol.qmp.framing import Framer
+from nbdfleece.protocol.qmp.values import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from nbdfleece.protocol.qmp.framing import BadMessage
+    from nbdfleece.protocol.qmp.values import Json
+
+_READ: Final = 64 * 1024
+_GREETING_TIMEOUT_S: Final = 10.0
+
+
+class NoDaemon(NbdfleeceError):
+    """Nobody answers at the control socket."""
+
+
+class CommandFailed(NbdfleeceError):
+    """The daemon says why a command failed.
+
+    Attributes:
+        reason: `not-found`, `in-use`, or empty.
+    """
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class Row:
+    """A JSON object, by typed getters; what is missing or of another type is empty."""
+
+    def __init__(self, value: Json) -> None:
+        self.value: Mapping[str, Json] = value if isinstance(value, Mapping) else {}
+
+    def text(self, name: str) -> str:
+        """Return a string."""
+        value = self.value.get(name)
+        return value if isinstance(value, str) else ""
+
+    def number(self, name: str) -> int:
+        """Return a whole number."""
+        value = self.value.get(name)
+        return value if isinstance(value, int) else 0
+
+    def row(self, name: str) -> Row:
+        """Return an object."""
+        return Row(self.value.get(name))
+
+    def rows(self, name: str) -> list[Row]:
+        """Return a list of objects."""
+        return as_rows(self.value.get(name))
+
+    def texts(self, name: str) -> list[str]:
+        """Return a list of strings."""
+        value = self.value.get(name)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return []
+        return [item for item in value if isinstance(item, str)]
+
+
+def as_rows(value: Json) -> list[Row]:
+    """Return the objects in a list."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return []
+    return [Row(item) for item in value]
+
+
+class Client:
+    """A connection to the daemon, ready for commands.
+
+    Args:
+        path: The control socket.
+
+    Raises:
+        NoDaemon: Nobody answers there.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._messages: Iterator[Mapping[str, Json] | BadMessage] = iter(())
+        self._framer = Framer()
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._sock.settimeout(_GREETING_TIMEOUT_S)
+            self._sock.connect(path)
+            if "QMP" not in self._receive():
+                raise self._gone("what answers is no nbdfleece")
+            self._sock.settimeout(None)
+        except OSError as error:
+            self._sock.close()
+            raise self._gone(error.strerror or str(error)) from error
+        except NoDaemon:
+            self._sock.close()
+            raise
+        self.execute("qmp_capabilities")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._sock.close()
+
+    def execute(self, command: str, arguments: Mapping[str, Json] | None = None) -> Json:
+        """Run a command and return its result.
+
+        Raises:
+            CommandFailed: The daemon refused, or could not do it.
+            NoDaemon: It went away.
+        """
+        request: dict[str, Json] = {"execute": command}
+        if arguments:
+            request["arguments"] = arguments
+        try:
+            self._sock.sendall(encode(request))
+            while True:
+                answer = self._receive()
+                if "return" in answer:
+                    return answer["return"]
+                if "error" in answer:
+                    error = Row(answer["error"])
+                    raise CommandFailed(error.text("desc"), error.text("reason"))
+        except OSError as lost:
+            raise self._gone(lost.strerror or str(lost)) from lost
+
+    def query(self, command: str, arguments: Mapping[str, Json] | None = None) -> list[Row]:
+        """Run a command whose result is a list of objects; see `execute`."""
+        return as_rows(self.execute(command, arguments))
+
+    def _receive(self) -> Mapping[str, Json]:
+        while True:
+            for message in self._messages:
+                if isinstance(message, Mapping):
+                    return message
+            data = self._sock.recv(_READ)
+            if not data:
+                raise self._gone("the daemon closed the connection")
+            self._messages = self._framer.feed(data)
+
+    def _gone(self, why: str) -> NoDaemon:
+        return NoDaemon(f"no daemon at '{self._path}': {why}")

@@ -1,0 +1,214 @@
+"""The settings of `serve`: the command line over the configuration file over what is usual."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from nbdfleece.base.errors import ConfigError
+from nbdfleece.base.limits import DRAIN_TIMEOUT_S, HANDSHAKE_TIMEOUT_S, MAX_CONNECTIONS
+from nbdfleece.base.units import parse_duration
+from nbdfleece.cli.paths import control_socket, runtime_folder, state_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+Value = str | int | float | bool | list[str]
+
+_CONFIG_LIMIT: Final = 1 << 20  # bytes
+_LATER: Final = ("tls-creds", "tls-verify-peer", "policy", "metrics")
+
+
+def _text(value: object) -> Value | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _texts(value: object) -> Value | None:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        return None
+    texts = [item for item in value if isinstance(item, str)]
+    return texts if len(texts) == len(value) else None
+
+
+def _switch(value: object) -> Value | None:
+    return value if isinstance(value, bool) else None
+
+
+def _count(value: object) -> Value | None:
+    return value if type(value) is int and value >= 0 else None
+
+
+def _seconds(value: object) -> Value | None:
+    if isinstance(value, str):
+        return parse_duration(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        return None
+    return float(value)
+
+
+_KEYS: Final[Mapping[str, tuple[str, Callable[[object], Value | None]]]] = {
+    "disks": ("a list of disk arguments", _texts),
+    "listen": ("an address, or a list of them", _texts),
+    "control": ("a path", _text),
+    "state-dir": ("a path", _text),
+    "temp-dir": ("a path", _text),
+    "pid-file": ("a path", _text),
+    "print-uri": ("true or false", _switch),
+    "allow-insecure": ("true or false", _switch),
+    "max-connections": ("a whole number", _count),
+    "handshake-timeout": ("seconds", _seconds),
+    "drain-timeout": ("seconds", _seconds),
+}
+
+
+class ConfigFile:
+    """A configuration file, checked key by key.
+
+    Args:
+        path: The file; None: as if it were empty.
+
+    Raises:
+        ConfigError: What is wrong, with file and line.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._lines: list[str] = []
+        self.values: dict[str, Value] = {}
+        if path is not None:
+            self._read(path)
+
+    def place_of(self, text: str) -> str:
+        """Return `FILE:LINE: ` of the first line with `text`, or "" where there is none."""
+        for number, line in enumerate(self._lines, start=1):
+            if text in line:
+                return f"{self._path}:{number}: "
+        return ""
+
+    def _read(self, path: str) -> None:
+        try:
+            with open(path, "rb") as file:
+                text = file.read(_CONFIG_LIMIT).decode()
+            found = tomllib.loads(text)
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 text") from error
+        except tomllib.TOMLDecodeError as error:
+            line = re.search(r"line (\d+)", str(error))
+            place = f"{path}:{line[1]}" if line else path
+            raise ConfigError(f"{place}: {error}") from error
+        self._lines = text.splitlines()
+        for key, value in found.items():
+            self.values[key] = self._check(key, value)
+
+    def _check(self, key: str, value: object) -> Value:
+        place = self._place_of_key(key)
+        if key in _LATER:
+            raise ConfigError(f"{place}'{key}' is not built yet")
+        if key not in _KEYS:
+            raise ConfigError(f"{place}unknown key '{key}' (known: {', '.join(_KEYS)})")
+        expected, convert = _KEYS[key]
+        try:
+            converted = convert(value)
+        except ConfigError as error:
+            raise ConfigError(f"{place}{key}: {error}") from error
+        if converted is None:
+            raise ConfigError(f"{place}{key}: expected {expected}")
+        return converted
+
+    def _place_of_key(self, key: str) -> str:
+        pattern = re.compile(rf"""\s*(?:\[+\s*)?["']?{re.escape(key)}["']?\s*[=.\]]""")
+        for number, line in enumerate(self._lines, start=1):
+            if pattern.match(line):
+                return f"{self._path}:{number}: "
+        return f"{self._path}: "
+
+
+class ServeOptions:
+    """What `serve` was asked for, from wherever it was said.
+
+    Args:
+        given: Options of the command line, by their names without dashes; None: not given.
+        file: The configuration file.
+    """
+
+    def __init__(self, given: Mapping[str, Value | None], file: ConfigFile) -> None:
+        self._found = {
+            **file.values,
+            **{key: value for key, value in given.items() if value is not None and value != []},
+        }
+
+    def text(self, key: str) -> str | None:
+        """Return a text, or None."""
+        value = self._found.get(key)
+        return value if isinstance(value, str) else None
+
+    def path(self, key: str) -> Path | None:
+        """Return a path, or None."""
+        text = self.text(key)
+        return None if text is None else Path(text)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return a list of texts."""
+        value = self._found.get(key)
+        return tuple(value) if isinstance(value, list) else ()
+
+    def number(self, key: str, usual: float) -> float:
+        """Return a number, or what is usual."""
+        value = self._found.get(key)
+        return value if isinstance(value, int | float) else usual
+
+    def is_on(self, key: str) -> bool:
+        """Tell whether a switch is on."""
+        return self._found.get(key) is True
+
+    @property
+    def max_connections(self) -> int:
+        """NBD clients at a time."""
+        return int(self.number("max-connections", MAX_CONNECTIONS))
+
+    @property
+    def handshake_timeout_s(self) -> float:
+        """Seconds for a handshake."""
+        return self.number("handshake-timeout", HANDSHAKE_TIMEOUT_S)
+
+    @property
+    def drain_timeout_s(self) -> float:
+        """Seconds for requests to end at shutdown."""
+        return self.number("drain-timeout", DRAIN_TIMEOUT_S)
+
+    @property
+    def control(self) -> str:
+        """Path of the control socket."""
+        return control_socket(self.text("control"))
+
+    @property
+    def default_listen(self) -> str:
+        """Path of the usual NBD socket; empty where it is not needed, or there is none."""
+        if self.texts("listen"):
+            return ""
+        try:
+            return str(runtime_folder(os.environ, os.getuid()) / "nbd.sock")
+        except ConfigError:
+            if os.environ.get("LISTEN_FDS"):
+                return ""
+            raise
+
+    @property
+    def state_dir(self) -> Path:
+        """The state folder."""
+        return self.path("state-dir") or state_folder(os.environ, os.getuid())
+
+
+def log_level(*, verbose: bool, quiet: bool) -> int:
+    """Return the level of the logging module."""
+    if verbose:
+        return logging.DEBUG
+    return logging.WARNING if quiet else logging.INFO

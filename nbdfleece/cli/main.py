@@ -1,0 +1,58 @@
+"""Entry point of the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+from nbdfleece import __version__
+from nbdfleece.base.errors import NbdfleeceError
+from nbdfleece.cli import serve, snapshot, status
+from nbdfleece.cli.arguments import NOT_BUILT, UsageError, build_parser
+from nbdfleece.cli.exits import FAILED, USAGE, code_of, complain
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Mapping, Sequence
+
+
+_COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
+    "serve": serve.run,
+    "snapshot create": snapshot.create,
+    "snapshot list": snapshot.list_all,
+    "snapshot show": snapshot.show,
+    "snapshot delete": snapshot.delete,
+    "status": status.status,
+    "health": status.health,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for name in (tuple(words[:1]), tuple(words[:2])):
+        if name in NOT_BUILT:
+            complain(" ".join(name), "not built yet")
+            return USAGE
+    what = " ".join(words[:1])
+    try:
+        args = build_parser(__version__).parse_args(words)
+        what = args.command
+        return _COMMANDS[what](args)
+    except UsageError as error:
+        complain(_without_program(error.command), f"{error} (see {error.command} --help)")
+        return USAGE
+    except NbdfleeceError as error:
+        complain(what, str(error))
+        return code_of(error)
+    except BrokenPipeError:
+        # Whoever read our output has had enough; the interpreter must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _without_program(command: str) -> str:
+    return command.removeprefix("nbdfleece").strip() or "command line"

@@ -1,0 +1,162 @@
+"""`nbdfleece snapshot ...`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nbdfleece.cli import output
+from nbdfleece.cli.arguments import UsageError
+from nbdfleece.cli.client import Client, CommandFailed, Row
+from nbdfleece.cli.exits import BROKEN, DONE, NOT_FOUND, PARTLY, code_of, complain
+from nbdfleece.cli.paths import control_socket
+
+if TYPE_CHECKING:
+    import argparse
+
+    from nbdfleece.cli.output import Cell
+    from nbdfleece.protocol.qmp.values import Json
+
+
+def create(args: argparse.Namespace) -> int:
+    """Take snapshots and print `DISK@NAME URI` for each."""
+    if args.durability == "power":
+        raise UsageError("nbdfleece snapshot create", "--durability power is not built yet")
+    arguments: dict[str, Json] = {"disks": args.disks}
+    for name in ("name", "temp-limit", "on-error", "timeout"):
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None:
+            arguments[name] = value
+    with Client(control_socket(args.control)) as client:
+        made = client.query("fleece-snapshot-create", arguments)
+        uris = exports(client)
+    if args.json:
+        output.print_json(
+            [
+                {**row.value, "uri": next(iter(uris.get(row.text("export"), [])), None)}
+                for row in made
+            ]
+        )
+        return DONE
+    for row in made:
+        name = row.text("export")
+        print(" ".join([name, *uris.get(name, [])[:1]]))
+    return DONE
+
+
+def exports(client: Client) -> dict[str, list[str]]:
+    """Return the URIs of all exports by name."""
+    status = Row(client.execute("query-fleece-status"))
+    return {row.text("name"): row.texts("uris") for row in status.rows("exports")}
+
+
+def list_all(args: argparse.Namespace) -> int:
+    """List snapshots."""
+    with Client(control_socket(args.control)) as client:
+        found = client.query(
+            "query-fleece-snapshots", None if args.disk is None else {"disk": args.disk}
+        )
+    if args.json:
+        output.print_json([row.value for row in found])
+    elif found:
+        print_list(found)
+    return DONE
+
+
+def print_list(found: list[Row]) -> None:
+    """Print snapshots as a table."""
+    output.print_table(
+        ("NAME", "DISK", "INSTANT", "AGE", "SIZE", "HELD", "STATE", "READERS"),
+        [
+            (
+                row.text("snapshot"),
+                row.text("disk"),
+                row.text("instant"),
+                output.age(row.text("instant")),
+                output.size(row.number("size")),
+                output.size(row.number("temp-bytes")),
+                state(row),
+                str(row.number("readers")),
+            )
+            for row in found
+        ],
+    )
+
+
+def state(row: Row) -> Cell:
+    """Return the state of a snapshot: `ok`, or `broken: why`."""
+    if row.text("state") == "ok":
+        return "ok", output.GREEN
+    return f"broken: {output.shown(row.text('error'))}", output.RED
+
+
+def show(args: argparse.Namespace) -> int:
+    """Show one snapshot."""
+    disk, name = split(args.snapshot, "show")
+    with Client(control_socket(args.control)) as client:
+        found = client.query("query-fleece-snapshots", {"disk": disk})
+        uris = exports(client)
+    for row in found:
+        if row.text("snapshot") == name:
+            break
+    else:
+        complain("snapshot show", f"disk '{disk}' has no snapshot '{name}'")
+        return NOT_FOUND
+    reach = uris.get(row.text("export"), [])
+    if args.json:
+        output.print_json({**row.value, "uris": reach})
+    else:
+        output.print_facts(_facts(row, reach))
+    return DONE if row.text("state") == "ok" else BROKEN
+
+
+def _facts(row: Row, uris: list[str]) -> list[tuple[str, Cell]]:
+    limit = row.number("temp-limit")
+    timeout = row.value.get("timeout")
+    facts: list[tuple[str, Cell]] = [
+        ("snapshot", row.text("export")),
+        *(("uri", uri) for uri in uris),
+        ("instant", f"{row.text('instant')} ({output.age(row.text('instant'))} ago)"),
+        ("size", output.size(row.number("size"))),
+        ("state", state(row)),
+        ("readers", str(row.number("readers"))),
+        ("old data", output.size(row.number("saved-bytes"))),
+        ("space held", output.size(row.number("temp-bytes"))),
+        ("space limit", output.size(limit) if limit else "none"),
+        ("on error", row.text("on-error")),
+        ("timeout", f"{timeout} s" if isinstance(timeout, int | float) else "none"),
+        ("durability", row.text("durability")),
+        ("node", row.text("node-name")),
+    ]
+    return facts
+
+
+def delete(args: argparse.Namespace) -> int:
+    """Delete snapshots, one after another."""
+    wanted = [split(text, "delete") for text in args.snapshots]
+    failures: list[int] = []
+    with Client(control_socket(args.control)) as client:
+        for disk, name in wanted:
+            arguments: dict[str, Json] = {"disk": disk, "snapshot": name}
+            if args.force:
+                arguments["force"] = True
+            try:
+                client.execute("fleece-snapshot-delete", arguments)
+            except CommandFailed as error:
+                hint = " (--force disconnects the readers)" if error.reason == "in-use" else ""
+                complain("snapshot delete", f"{error}{hint}")
+                failures.append(code_of(error))
+    if not failures:
+        return DONE
+    return failures[0] if len(failures) == len(wanted) else PARTLY
+
+
+def split(text: str, subcommand: str) -> tuple[str, str]:
+    """Return disk and snapshot of `DISK@NAME`.
+
+    Raises:
+        UsageError: It is of another form.
+    """
+    disk, at, name = text.partition("@")
+    if not (disk and at and name):
+        raise UsageError(f"nbdfleece snapshot {subcommand}", f"'{text}' is not DISK@NAME")
+    return disk, name

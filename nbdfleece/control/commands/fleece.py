@@ -1,0 +1,224 @@
+"""Commands of our own: disks, snapshots, clients, and the daemon's state as `status` shows it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from nbdfleece import __version__
+from nbdfleece.base.errors import NotFound
+from nbdfleece.control.command import Command, uris
+from nbdfleece.fleece.errors import NotBuilt
+from nbdfleece.fleece.location import make_location
+from nbdfleece.fleece.snapshot import SnapshotOptions, on_error_policy
+from nbdfleece.protocol.qmp.schema import SIZE, Array, Boolean, Enum, Number, String, Struct
+
+if TYPE_CHECKING:
+    from nbdfleece.control.command import Context
+    from nbdfleece.fleece.snapshot import Snapshot
+    from nbdfleece.protocol.qmp.schema import Arguments
+    from nbdfleece.protocol.qmp.values import Json
+    from nbdfleece.server.session import Session
+
+_NOTHING: Final = Struct()
+_SWITCH: Final = {True: "on", False: "off"}
+
+
+# --- disks ---------------------------------------------------------------------------------------
+
+
+async def _disk_add(context: Context, arguments: Arguments) -> Json:
+    options: dict[str, str] = {}
+    for name in ("format", "discard", "cache"):
+        if name in arguments:
+            options[name] = arguments.string(name)
+    for name in ("read-only", "locking"):
+        if name in arguments:
+            options[name] = _SWITCH[arguments.boolean(name, default=False)]
+    location = make_location(arguments.string("disk"), arguments.string("location"), options)
+    await context.fleece.add_disk(location)
+    return {}
+
+
+async def _disk_remove(context: Context, arguments: Arguments) -> Json:
+    force = arguments.boolean("force", default=False)
+    await context.fleece.remove_disk(arguments.string("disk"), force=force)
+    return {}
+
+
+async def _query_disks(context: Context, _arguments: Arguments) -> Json:
+    return [
+        {
+            "disk": facts.disk,
+            "location": facts.location,
+            "format": "raw",
+            "size": facts.size,
+            "read-only": facts.read_only,
+            "export": facts.export,
+            "node-name": facts.node_name,
+            "snapshots": facts.snapshots,
+            "clients": facts.clients,
+        }
+        for facts in (disk.facts() for disk in context.fleece.disks())
+    ]
+
+
+# --- snapshots -----------------------------------------------------------------------------------
+
+
+async def _snapshot_create(context: Context, arguments: Arguments) -> Json:
+    if arguments.optional_string("durability") == "power":
+        raise NotBuilt("durability 'power' is not built yet")
+    if "expire" in arguments:
+        raise NotBuilt("'expire' is not built yet")
+    options = SnapshotOptions(
+        on_error=on_error_policy(arguments.optional_string("on-error") or "break-snapshot"),
+        timeout_s=arguments.optional_number("timeout") or None,
+        temp_limit=arguments.optional_integer("temp-limit"),
+    )
+    made = await context.fleece.create_snapshots(
+        arguments.strings("disks"), arguments.optional_string("name"), options
+    )
+    return [_created(snapshot) for snapshot in made]
+
+
+def _created(snapshot: Snapshot) -> Json:
+    return {
+        "disk": snapshot.disk,
+        "snapshot": snapshot.name,
+        "export": snapshot.export_name,
+        "node-name": snapshot.node_name,
+        "instant": snapshot.instant,
+    }
+
+
+async def _snapshot_delete(context: Context, arguments: Arguments) -> Json:
+    await context.fleece.delete_snapshot(
+        arguments.string("disk"),
+        arguments.string("snapshot"),
+        force=arguments.boolean("force", default=False),
+    )
+    return {}
+
+
+async def _query_snapshots(context: Context, arguments: Arguments) -> Json:
+    snapshots = context.fleece.snapshots(arguments.optional_string("disk"))
+    return [await _described(snapshot) for snapshot in snapshots]
+
+
+async def _described(snapshot: Snapshot) -> Json:
+    facts = await snapshot.facts()
+    answer: dict[str, Json] = {
+        "disk": facts.disk,
+        "snapshot": facts.snapshot,
+        "export": facts.export,
+        "node-name": facts.node_name,
+        "instant": facts.instant,
+        "size": facts.size,
+        "saved-bytes": facts.saved_bytes,
+        "temp-bytes": facts.temp_bytes,
+        "state": "ok" if facts.error is None else "broken",
+    }
+    if facts.error is not None:
+        answer["error"] = facts.error
+    answer |= {
+        "readers": facts.readers,
+        "durability": facts.durability,
+        "on-error": facts.on_error,
+    }
+    if facts.timeout_s is not None:
+        answer["timeout"] = facts.timeout_s
+    if facts.temp_limit is not None:
+        answer["temp-limit"] = facts.temp_limit
+    return answer
+
+
+# --- clients and the daemon ----------------------------------------------------------------------
+
+
+async def _query_clients(context: Context, _arguments: Arguments) -> Json:
+    return [_client(session) for session in context.server.sessions.values()]
+
+
+def _client(session: Session) -> Json:
+    answer: dict[str, Json] = {"id": session.id, "peer": session.peer}
+    if session.export is not None:
+        answer["export"] = session.export.options.name
+    pump = session.pump
+    if pump is not None:
+        answer |= {
+            "requests": pump.requests,
+            "in-flight": pump.in_flight,
+            "bytes-read": pump.bytes_read,
+            "bytes-written": pump.bytes_written,
+        }
+    return answer
+
+
+async def _client_kick(context: Context, arguments: Arguments) -> Json:
+    number = arguments.integer("id")
+    session = context.server.sessions.get(number)
+    if session is None:
+        raise NotFound(f"there is no client {number}")
+    session.abort("kicked")
+    return {}
+
+
+async def _query_status(context: Context, _arguments: Arguments) -> Json:
+    space = await context.fleece.temp_space()
+    listeners = context.server.listeners
+    names = [disk.name for disk in context.fleece.disks()]
+    names += [snapshot.export_name for snapshot in context.fleece.snapshots()]
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "started": context.started,
+        "listen": [listener.address.describe() for listener in listeners],
+        "exports": [{"name": name, "uris": uris(context.server, name)} for name in names],
+        "clients": len(context.server.sessions),
+        "temp": {"path": space.path, "free": space.free, "total": space.total},
+    }
+
+
+COMMANDS: Final = (
+    Command(
+        "fleece-disk-add",
+        Struct(
+            {"disk": String(), "location": String()},
+            {
+                "format": Enum(("raw", "qcow2")),
+                "read-only": Boolean(),
+                "discard": Enum(("unmap", "ignore")),
+                "cache": Enum(("writeback", "none")),
+                "locking": Boolean(),
+            },
+        ),
+        _disk_add,
+    ),
+    Command("fleece-disk-remove", Struct({"disk": String()}, {"force": Boolean()}), _disk_remove),
+    Command("query-fleece-disks", _NOTHING, _query_disks),
+    Command(
+        "fleece-snapshot-create",
+        Struct(
+            {"disks": Array(String())},
+            {
+                "name": String(),
+                "temp-limit": SIZE,
+                "on-error": Enum(("break-snapshot", "break-guest-write")),
+                "timeout": Number(low=0),
+                "durability": Enum(("process", "power")),
+                "expire": Number(low=0),
+            },
+        ),
+        _snapshot_create,
+    ),
+    Command(
+        "fleece-snapshot-delete",
+        Struct({"disk": String(), "snapshot": String()}, {"force": Boolean()}),
+        _snapshot_delete,
+    ),
+    Command("query-fleece-snapshots", Struct(optional={"disk": String()}), _query_snapshots),
+    Command("query-fleece-clients", _NOTHING, _query_clients),
+    Command("fleece-client-kick", Struct({"id": SIZE}), _client_kick),
+    Command("query-fleece-status", _NOTHING, _query_status),
+)
