@@ -40,7 +40,6 @@ _log = logging.getLogger(__name__)
 
 _LOOPBACK: Final = ("127.", "::1", "::ffff:127.")
 _CLOSE_S: Final = 2.0  # for closing the disks, even when requests took all the time there was
-_JOURNAL_LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
 EXIT_DONE: Final = 0
 EXIT_FORCED: Final = 1
@@ -63,7 +62,6 @@ class Settings:
         max_connections: NBD clients at a time; 0 for no limit.
         handshake_timeout_s: Seconds for a client to get to transmission; 0 for no limit.
         drain_timeout_s: Seconds for requests to end at shutdown.
-        log_level: Of the logging module.
     """
 
     disks: tuple[str, ...]
@@ -78,7 +76,6 @@ class Settings:
     max_connections: int
     handshake_timeout_s: float
     drain_timeout_s: float
-    log_level: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +119,6 @@ def serve(settings: Settings) -> int:
     Raises:
         NbdfleeceError: It cannot start, or has nothing to serve.
     """
-    _start_logging(settings.log_level)
     _raise_descriptor_limit()
     plan = _plan(settings)
     daemon = Daemon(settings)
@@ -324,27 +320,6 @@ def _make_folder_of(path: str) -> None:
         folder.mkdir(0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"folder '{folder}': {error.strerror}") from error
-
-
-def _start_logging(level: int) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    if "JOURNAL_STREAM" in os.environ:
-        handler.setFormatter(_JournalFormatter("%(message)s"))
-    else:
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-        )
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
-
-
-class _JournalFormatter(logging.Formatter):
-    """Puts the level where the journal looks for it; the journal knows the time itself."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line for `record`."""
-        level = _JOURNAL_LEVELS.get(record.levelno, 5)
-        return f"<{level}>{super().format(record)}"
 
 
 def _raise_descriptor_limit() -> None:

@@ -65,7 +65,12 @@ LAZY = {
 # Where `except Exception` may stand, in one function of each module. At the boundaries one request,
 # one command, one job dies; the carriers hand the error on, whole, to whoever awaits the work. A
 # handler that ends with a bare `raise` is clean-up and may stand anywhere.
-BOUNDARIES = {"nbdfleece.datapath.pump", "nbdfleece.control.dispatch", "nbdfleece.jobs.job"}
+BOUNDARIES = {
+    "nbdfleece.datapath.pump",
+    "nbdfleece.server.session",
+    "nbdfleece.control.dispatch",
+    "nbdfleece.jobs.job",
+}
 CARRIERS = {"nbdfleece.datapath.step", "nbdfleece.datapath.workers"}
 
 LINES = {"module": 700, "function": 70, "hot_function": 150, "init": 25, "hot_init": 40}

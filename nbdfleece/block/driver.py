@@ -36,11 +36,14 @@ class Driver(ABC):
     Attributes:
         name: The driver's QMP name.
         is_filter: Reads through the node give the data of its FILTERED child.
+        stays_at_node: The node's children are these very nodes, whatever is put above them: its
+            edges are left alone when a filter is inserted.
         node: The node this driver belongs to; set before `open`.
     """
 
     name: ClassVar[str]
     is_filter: ClassVar[bool] = False
+    stays_at_node: ClassVar[bool] = False
     node: Node
 
     # --- life ------------------------------------------------------------------------------

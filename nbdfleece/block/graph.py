@@ -159,8 +159,9 @@ class Graph:
     def insert_filter(self, filter_node: Node) -> None:
         """Put a filter above its FILTERED child: all other parents of the child now use the filter.
 
-        Both must be drained by the caller. Edges of nodes that the filter itself leads to stay
-        where they are (an overlay that is the filter's target keeps its backing).
+        Both must be drained by the caller. These edges stay where they are: those of nodes that the
+        filter itself leads to (an overlay that is the filter's target keeps its backing), and
+        those whose driver `stays_at_node` (an access node keeps its point in time).
 
         Raises:
             CommandError: Sizes differ, a frozen edge, or a conflict. The graph is unchanged.
@@ -175,14 +176,18 @@ class Graph:
         Both must be drained by the caller. The filter node itself remains, without parents.
 
         Raises:
+            InUse: A parent's driver `stays_at_node`. The graph is unchanged.
             CommandError: A frozen edge, or a conflict. The graph is unchanged.
         """
+        for parent in filter_node.parents:
+            if _stays_at_node(parent):
+                raise InUse(f"Node '{filter_node.name}' is busy: {parent.describe()} uses it")
         edge = filter_node.file
         assert edge is not None, "a filter has a filtered child"
         self.replace(filter_node, edge.node)
 
     def replace(self, old: Node, new: Node) -> None:
-        """Re-point the parents of `old` to `new`, except those that `new` itself leads to.
+        """Re-point the parents of `old` to `new`, except those that stay (see `insert_filter`).
 
         Both must be drained by the caller.
 
@@ -198,7 +203,7 @@ class Graph:
         change = GraphChange()
         try:
             for edge in list(old.parents):
-                if edge.parent in below_new:
+                if edge.parent in below_new or _stays_at_node(edge):
                     continue
                 change.repoint(edge, new)
             change.commit([old, new])
@@ -297,6 +302,10 @@ def _unlink(edge: Child) -> None:
         edge.parent.drained_end()
     edge.parent.child_detached(edge)
     edge.node.parents.remove(edge)
+
+
+def _stays_at_node(edge: Child) -> bool:
+    return isinstance(edge.parent, Node) and edge.parent.driver.stays_at_node
 
 
 def _check_not_frozen(edge: Child) -> None:

@@ -76,7 +76,7 @@ def build_parser(version: str) -> Parser:
     parser = Parser(
         prog="nbdfleece",
         description="Serve disks over NBD, and read them as they were at one instant.",
-        epilog="example:  nbdfleece serve vda=/srv/vm/disk.raw",
+        epilog="example: nbdfleece serve vda=/srv/vm/disk.raw",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nbdfleece {version}")
@@ -92,7 +92,7 @@ def _add(commands: _Commands, name: str, text: str, example: str) -> Parser:
         name,
         help=text,
         description=text[0].upper() + text[1:] + ".",
-        epilog=f"example:  nbdfleece {example}",
+        epilog=f"example: nbdfleece {example}",
         allow_abbrev=False,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import tomllib
@@ -95,15 +94,16 @@ class ConfigFile:
         try:
             with open(path, "rb") as file:
                 text = file.read(_CONFIG_LIMIT).decode()
-            found = tomllib.loads(text)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: not UTF-8 text") from error
+        try:
+            found = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            line = re.search(r"line (\d+)", str(error))
-            place = f"{path}:{line[1]}" if line else path
-            raise ConfigError(f"{place}: {error}") from error
+            found_line = re.search(r"line (\d+)", str(error))
+            line = int(found_line[1]) if found_line else max(len(text.splitlines()), 1)
+            raise ConfigError(f"{path}:{line}: {error}") from error
         self._lines = text.splitlines()
         for key, value in found.items():
             self.values[key] = self._check(key, value)
@@ -204,11 +204,5 @@ class ServeOptions:
     @property
     def state_dir(self) -> Path:
         """The state folder."""
-        return self.path("state-dir") or state_folder(os.environ, os.getuid())
-
-
-def log_level(*, verbose: bool, quiet: bool) -> int:
-    """Return the level of the logging module."""
-    if verbose:
-        return logging.DEBUG
-    return logging.WARNING if quiet else logging.INFO
+        found = self.path("state-dir") or state_folder(os.environ, os.getuid())
+        return found.absolute()

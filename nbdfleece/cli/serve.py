@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import ConfigError
-from nbdfleece.cli.config import ConfigFile, ServeOptions, log_level
+from nbdfleece.cli import logs
+from nbdfleece.cli.config import ConfigFile, ServeOptions
 
 if TYPE_CHECKING:
     import argparse
@@ -43,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
         max_connections=options.max_connections,
         handshake_timeout_s=options.handshake_timeout_s,
         drain_timeout_s=options.drain_timeout_s,
-        log_level=log_level(verbose=args.verbose, quiet=args.quiet),
     )
     if not args.check_config:
+        logs.start(verbose=args.verbose, quiet=args.quiet)
         return daemon.serve(settings)
     _check(settings, file)
     if not args.quiet:

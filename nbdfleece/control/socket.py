@@ -30,14 +30,13 @@ class Control:
 
     Args:
         path: Where.
-        tasks: Holds a task for the socket and one for each monitor.
+        tasks: Holds a task for each monitor.
     """
 
     def __init__(self, path: str, tasks: asyncio.TaskGroup) -> None:
         self._path = path
         self._tasks = tasks
         self._listener: Listener | None = None
-        self._accepting: asyncio.Task[None] | None = None
         self._monitors: dict[Monitor, asyncio.Task[None]] = {}
 
     async def listen(self) -> None:
@@ -59,7 +58,7 @@ class Control:
     def start(self, context: Context) -> None:
         """Accept monitors."""
         assert self._listener is not None, "listen first"
-        self._accepting = self._tasks.create_task(self._accept(self._listener, context))
+        self._listener.start(partial(self._take, context))
 
     def close(self) -> None:
         """Accept no more, and give the path back. Idempotent."""
@@ -76,8 +75,6 @@ class Control:
             Whether all had ended by then.
         """
         self.close()
-        if self._accepting is not None:
-            self._accepting.cancel()
         for monitor in self._monitors:
             monitor.stop()
         running = list(self._monitors.values())
@@ -88,18 +85,16 @@ class Control:
             task.cancel()
         return not late
 
-    async def _accept(self, listener: Listener, context: Context) -> None:
-        (sock,) = listener.sockets
-        async for connection in listener.accept(sock):
-            if len(self._monitors) >= MAX_QMP_MONITORS:
-                _log.warning("control socket: %d monitors, no more", len(self._monitors))
-                connection.close()
-                continue
-            connection.setblocking(False)
-            monitor = Monitor(connection, context, version())
-            task = self._tasks.create_task(monitor.run())
-            self._monitors[monitor] = task
-            task.add_done_callback(partial(self._forget, monitor))
+    def _take(self, context: Context, sock: socket.socket) -> None:
+        """Begin a monitor, or turn the client away."""
+        if len(self._monitors) >= MAX_QMP_MONITORS:
+            _log.warning("control socket: %d monitors, no more", len(self._monitors))
+            sock.close()
+            return
+        monitor = Monitor(sock, context, version())
+        task = self._tasks.create_task(monitor.run())
+        self._monitors[monitor] = task
+        task.add_done_callback(partial(self._forget, monitor))
 
     def _forget(self, monitor: Monitor, _task: asyncio.Task[None]) -> None:
         del self._monitors[monitor]

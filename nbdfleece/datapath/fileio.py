@@ -128,7 +128,7 @@ class FileIo:
         # In the lane of the target: when it is stuck, writes here that need no copy must go on. And
         # reads that wait for the disk must not queue up behind each other.
         cached = all(not isinstance(old, int) for _, old, _, _, _ in saves)
-        lane = target._serial if cached and len(data) <= _SMALL_WRITE else target._blocking  # noqa: SLF001 - of the same class
+        lane = target._serial if cached and len(data) <= _SMALL_WRITE else target._blocking
         fd, target_fd = self.fd, target.fd
         try:
             await lane.submit(lambda: _save_then_write(fd, target_fd, saves, done, offset, data))

@@ -156,8 +156,15 @@ class Completions:
         self._end_planned = False
         while self._at_end:
             callbacks, self._at_end = self._at_end, []
-            for callback in callbacks:
-                callback()
+            for index, callback in enumerate(callbacks, start=1):
+                try:
+                    callback()
+                except BaseException:
+                    # A bug in one: the others must not wait for their end of turn for ever.
+                    self._at_end[:0] = callbacks[index:]
+                    self._end_planned = True
+                    self.loop.call_soon(self._run_at_end)
+                    raise
 
     def _hand_out(self) -> None:
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError
+from nbdfleece.block import permissions
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.host_device import HostDeviceDriver
 from nbdfleece.block.drivers.locks import Locking
@@ -94,14 +95,47 @@ def connections(export: Export) -> int:
     return max(export.holders, len(export.pumps))
 
 
+class _OwnFile(FileDriver):
+    """A file whose image locks tell other programs that nobody else may write."""
+
+    def check_permissions(self, perm: int, shared: int) -> None:
+        """See Driver.check_permissions."""
+        super().check_permissions(perm, _unshared(perm, shared))
+
+    def set_permissions(self, perm: int, shared: int) -> None:
+        """See Driver.set_permissions."""
+        super().set_permissions(perm, _unshared(perm, shared))
+
+
+class _OwnDevice(HostDeviceDriver):
+    """As _OwnFile, for a block device."""
+
+    def check_permissions(self, perm: int, shared: int) -> None:
+        """See Driver.check_permissions."""
+        super().check_permissions(perm, _unshared(perm, shared))
+
+    def set_permissions(self, perm: int, shared: int) -> None:
+        """See Driver.set_permissions."""
+        super().set_permissions(perm, _unshared(perm, shared))
+
+
+def _unshared(perm: int, shared: int) -> int:
+    """Return what other programs may do to a disk that we write.
+
+    Exports share a node with other writers, as QEMU's do. Another program is no such writer: what
+    it writes is saved by no filter, so every snapshot of the disk would be wrong.
+    """
+    if perm & permissions.WRITE:
+        return shared & ~(permissions.WRITE | permissions.RESIZE)
+    return shared
+
+
 def make_driver(location: Location, *, is_device: bool) -> Driver:
     """Return the driver for a disk, not opened."""
     locking = Locking.AUTO if location.locking else Locking.OFF
     if is_device:
-        return HostDeviceDriver(
-            filename=location.path, locking=locking, cache_direct=location.direct
-        )
-    return FileDriver(
+        return _OwnDevice(filename=location.path, locking=locking, cache_direct=location.direct)
+    return _OwnFile(
         filename=location.path,
         locking=locking,
         cache_direct=location.direct,

@@ -13,22 +13,22 @@ import logging
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
+from nbdfleece.fleece.change import quiet, remove_export
 from nbdfleece.fleece.disk import Disk, identity, make_driver
 from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotNotFound
 from nbdfleece.fleece.location import check_snapshot_name, is_block_device
 from nbdfleece.fleece.news import (
     News,
-    SnapshotBroken,
     SnapshotCreated,
     SnapshotDeleted,
-    TempThreshold,
 )
-from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions, quiet, remove_export
+from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions
+from nbdfleece.fleece.watch import watch
 from nbdfleece.server.export import ExportOptions
 from nbdfleece.server.exports import Exports, RemoveMode
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from nbdfleece.fleece.store import StateFolder
 
 _log = logging.getLogger(__name__)
-
-TEMP_WARNING: Final = 0.8  # of --temp-limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +232,7 @@ class Fleece:
             for disk, snapshot in zip(group, made, strict=True):
                 disk.snapshots[name] = snapshot
                 self.news.publish(SnapshotCreated(disk.name, name, snapshot.instant))
-                self._watch(snapshot)
+                watch(snapshot, self.news)
                 _log.info("snapshot %s: taken at %s", snapshot.export_name, snapshot.instant)
             return made
 
@@ -296,29 +294,6 @@ class Fleece:
         del disk.snapshots[snapshot.name]
         self.news.publish(SnapshotDeleted(disk.name, snapshot.name))
         _log.info("snapshot %s: deleted", snapshot.export_name)
-
-    def _watch(self, snapshot: Snapshot) -> None:
-        """Tell of a broken snapshot, and of one whose limit comes near."""
-        disk, name, limit = snapshot.disk, snapshot.name, snapshot.options.temp_limit
-
-        def broken(error: IoError) -> None:
-            _log.error("snapshot %s: broken: %s", snapshot.export_name, error)
-            self.news.publish(SnapshotBroken(disk, name, str(error)))
-
-        if snapshot.cbw.error is not None:  # already
-            broken(snapshot.cbw.error)
-        snapshot.cbw.broken.subscribe(broken)
-        if limit is None:
-            return
-
-        def saved(used: int) -> None:
-            if used >= limit * TEMP_WARNING:
-                unsubscribe()
-                _log.warning("snapshot %s: %d of %d bytes used", snapshot.export_name, used, limit)
-                self.news.publish(TempThreshold(disk, name, used, limit))
-
-        unsubscribe = snapshot.cbw.saved.subscribe(saved)
-        saved(snapshot.cbw.saved_bytes)
 
     def _check_free(self, group: list[Disk], name: str) -> str:
         for disk in group:

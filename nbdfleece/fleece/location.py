@@ -101,7 +101,7 @@ def parse_location(text: str) -> Location:
     """
     first, *rest = _split_commas(text)
     before, equals, after = first.partition("=")
-    name, path = (before, after) if equals and "/" not in before else ("", first)
+    name, path = (before, after) if equals and "/" not in before else (None, first)
     options: dict[str, str] = {}
     for option in rest:
         key, equals, value = option.partition("=")
@@ -110,7 +110,7 @@ def parse_location(text: str) -> Location:
         if key in options:
             raise ConfigError(f"disk '{text}': '{key}' is given twice")
         options[key] = value
-    return make_location(name or None, path, options)
+    return make_location(name, path, options)
 
 
 def make_location(name: str | None, path: str, options: dict[str, str]) -> Location:

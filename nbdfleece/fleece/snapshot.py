@@ -18,32 +18,24 @@ Invariants
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from nbdfleece.base.errors import CommandError
 from nbdfleece.block.child import Role
-from nbdfleece.block.drain import drained
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.locks import Locking
 from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
+from nbdfleece.fleece.change import quiet, remove_export
 from nbdfleece.fleece.disk import connections
 from nbdfleece.fleece.store import SnapshotFiles, StateFolder, remove_files
 from nbdfleece.server.export import Export, ExportOptions
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
     from nbdfleece.fleece.store import Value
     from nbdfleece.server.exports import Exports, RemoveMode
-
-# Requests that do not end hold up the drain; rather than stop the guests of a whole group for
-# longer than this, the change is refused.
-QUIET_TIMEOUT_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,42 +287,3 @@ class Snapshot:
         if self._files is not None:
             await asyncio.to_thread(remove_files, self._files)
             self._files = None
-
-
-async def remove_export(exports: Exports, export: Export, mode: RemoveMode) -> None:
-    """Offer an export no more.
-
-    Raises:
-        InUse: With SAFE: it has clients. Nothing has changed.
-        CommandError: With HARD: requests that had begun do not end. Nobody can connect any more.
-
-    Cancel: safe; it may be removed again.
-    """
-    try:
-        async with asyncio.timeout(QUIET_TIMEOUT_S):
-            await exports.remove(export.options.id, mode)
-    except TimeoutError as error:
-        raise CommandError(
-            f"export '{export.options.name}': requests did not end "
-            f"within {QUIET_TIMEOUT_S:g} seconds"
-        ) from error
-
-
-@asynccontextmanager
-async def quiet(*nodes: Node) -> AsyncIterator[None]:
-    """Hold a drained section, unless it takes too long to get into it.
-
-    Raises:
-        CommandError: The requests on the nodes do not end; everything goes on as before.
-
-    Cancel: safe; the section is closed.
-    """
-    try:
-        async with asyncio.timeout(QUIET_TIMEOUT_S) as limit, drained(*nodes):
-            limit.reschedule(None)  # the body is not to be cut short
-            yield
-    except TimeoutError as error:
-        names = ", ".join(f"'{node.name}'" for node in nodes)
-        raise CommandError(
-            f"node {names}: requests did not end within {QUIET_TIMEOUT_S:g} seconds"
-        ) from error

@@ -31,7 +31,7 @@ from nbdfleece.server.addresses import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Callable, Iterator
 
 _log = logging.getLogger(__name__)
 
@@ -53,34 +53,25 @@ class Listener:
         self.address = address
         self.sockets = sockets
         self._file = file  # of the unix socket that we made
+        self._retry: asyncio.TimerHandle | None = None
 
-    async def accept(self, sock: socket.socket) -> AsyncIterator[socket.socket]:
-        """Yield the connections that arrive at one of `sockets`, for ever.
+    def start(self, take: Callable[[socket.socket], None]) -> None:
+        """Hand every connection that arrives, non-blocking, to `take`, which must not raise.
 
-        Cancel: safe.
+        A callback rather than a task: a connection cannot get lost between being accepted and
+        being taken when the server stops.
         """
         loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(sock)
-            except OSError as error:
-                if error.errno in _OUT_OF_RESOURCES:
-                    _log.warning(
-                        "%s: accept: %s; trying again", self.address.describe(), error.strerror
-                    )
-                    await asyncio.sleep(ACCEPT_RETRY_S)
-                else:  # this client went away before it was accepted
-                    _log.debug("%s: accept: %s", self.address.describe(), error.strerror)
-                    await asyncio.sleep(0)
-                continue
-            yield connection
+        for sock in self.sockets:
+            loop.add_reader(sock, self._accept, sock, take)
 
     def close(self) -> None:
-        """Stop listening and remove the socket file, if it still is ours. Idempotent.
-
-        Nobody may be in `accept` any more.
-        """
-        for sock in self.sockets:
+        """Stop listening and remove the socket file, if it still is ours. Idempotent."""
+        if self._retry is not None:
+            self._retry.cancel()
+        sockets, self.sockets = self.sockets, []
+        for sock in sockets:
+            asyncio.get_running_loop().remove_reader(sock)
             sock.close()
         file, self._file = self._file, None
         if file is None:
@@ -90,6 +81,29 @@ class Listener:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.lstat(), file):
                 path.unlink()
+
+    def _accept(self, sock: socket.socket, take: Callable[[socket.socket], None]) -> None:
+        try:
+            connection, _ = sock.accept()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            where, why = self.address.describe(), error.strerror
+            if error.errno in _OUT_OF_RESOURCES:
+                _log.warning("%s: accept: %s; trying again", where, why)
+                self._pause(take)
+            else:  # this client went away before it was accepted
+                _log.debug("%s: accept: %s", where, why)
+            return
+        connection.setblocking(False)
+        take(connection)
+
+    def _pause(self, take: Callable[[socket.socket], None]) -> None:
+        """Accept nothing for a moment (L3); clients wait in the queue of the socket."""
+        loop = asyncio.get_running_loop()
+        for sock in self.sockets:
+            loop.remove_reader(sock)
+        self._retry = loop.call_later(ACCEPT_RETRY_S, self.start, take)
 
 
 async def open_listener(address: Address) -> Listener:

@@ -1,7 +1,6 @@
 """The NBD server: listeners, and the sessions of the clients that they accept.
 
-Tasks, all in one TaskGroup: one for each listening socket and one for each session. Neither lets an
-exception out: a session ends by itself (S3), accepting goes on after every error.
+Every session is a task, all in one TaskGroup; none lets an exception out (session S3).
 
 A server that is full greets a further client and closes: the client sees an end of stream instead
 of a refused connection, and we spend nothing on it. It is told no reason, since that would take
@@ -62,10 +61,8 @@ class Server:
         self._exports = exports
         self._options = options
         self._tasks = asyncio.TaskGroup()
-        self._accepting: dict[Listener, list[asyncio.Task[None]]] = {}
         self._session_tasks: dict[int, asyncio.Task[None]] = {}
         self._ids = itertools.count(1)
-        self._is_shutting_down = False
         self._was_full = False
         self._no_sessions = asyncio.Event()
         self._no_sessions.set()
@@ -85,7 +82,8 @@ class Server:
         except BaseException as interrupted:
             await self._tasks.__aexit__(type(interrupted), interrupted, interrupted.__traceback__)
             raise
-        await self._tasks.__aexit__(kind, error, traceback)
+        # The error of the block is none of the tasks'; it goes on as it is, not in a group.
+        await self._tasks.__aexit__(None, None, None)
 
     async def listen(self, address: Address) -> Listener:
         """Listen on one more address.
@@ -97,28 +95,13 @@ class Server:
         """
         listener = await open_listener(address)
         self.listeners.append(listener)
-        self._accepting[listener] = [
-            self._tasks.create_task(
-                self._accept(listener, sock), name=f"accept {address.describe()}"
-            )
-            for sock in listener.sockets
-        ]
+        listener.start(self._take)
         _log.info("listening on %s", listener.address.describe())
         return listener
 
-    async def unlisten(self, listener: Listener) -> None:
-        """Listen on this address no more; its clients stay.
-
-        Cancel: abandons the wait; the address is closed when the server is left.
-        """
-        tasks = self._accepting.get(listener, [])
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        self._accepting.pop(listener, None)
-        if listener in self.listeners:
-            self.listeners.remove(listener)
+    def unlisten(self, listener: Listener) -> None:
+        """Listen on this address no more; its clients stay."""
+        self.listeners.remove(listener)
         listener.close()
 
     async def shutdown(self, *, timeout_s: float) -> bool:
@@ -135,9 +118,8 @@ class Server:
 
         Cancel: what is left is closed when the server is left.
         """
-        self._is_shutting_down = True
         for listener in list(self.listeners):
-            await self.unlisten(listener)
+            self.unlisten(listener)
         for session in self.sessions.values():
             session.begin_shutdown()
         if await self._sessions_end(timeout_s):
@@ -151,10 +133,6 @@ class Server:
         return False
 
     # --- private -------------------------------------------------------------------------------
-
-    async def _accept(self, listener: Listener, sock: socket.socket) -> None:
-        async for connection in listener.accept(sock):
-            self._take(connection)
 
     def _take(self, sock: socket.socket) -> None:
         """Begin a session with a new client, or turn it away."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdfleece.base.errors import CommandError, IoError
+from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.bitmap import DirtyBitmap
@@ -29,6 +29,7 @@ from tests.support.fleecing import (
     temp_driver,
 )
 from tests.support.memory import MemoryDriver
+from tests.support.waiting import until
 
 KIB, MIB = 1024, 1 << 20
 BREAK_SNAPSHOT, BREAK_GUEST = OnCbwError.BREAK_SNAPSHOT, OnCbwError.BREAK_GUEST_WRITE
@@ -49,13 +50,6 @@ async def read(node: Node, offset: int, length: int) -> bytes:
     view = memoryview(bytearray(length))
     await node.read(offset, view)
     return bytes(view)
-
-
-async def until(condition: object) -> None:
-    """Let other tasks run until `condition()` holds."""
-    assert callable(condition)
-    while not condition():  # noqa: ASYNC110 - the condition has no event
-        await asyncio.sleep(0)
 
 
 # --- what is copied ------------------------------------------------------------------------------
@@ -536,6 +530,32 @@ async def test_a_filter_is_put_under_a_running_writer() -> None:
     assert edge.node is source
     await graph.remove(cbw)
     await graph.remove(temp)
+
+
+async def test_snapshots_stack_and_each_keeps_its_instant() -> None:
+    graph = Graph()
+    disk = await add_plain(graph, MemoryDriver(bytearray(b"0" * MIB)))
+    live = graph.attach_root("root", Root("live"), disk, **WRITER)
+    accesses, filters = [], []
+    for number in range(3):
+        await write(live.node, 0, bytes([number + 1]) * 4096)
+        temp = await add_plain(graph, MemoryDriver(bytearray(MIB), new=True))
+        filters.append(await add_filter(graph, live.node, temp, CopyBeforeWrite()))
+        graph.insert_filter(filters[-1])
+        accesses.append(await add_access(graph, filters[-1]))
+    await write(live.node, 0, b"9" * MIB)
+    for number, access in enumerate(accesses):
+        expected = bytes([number + 1]) * 4096 + b"0" * (MIB - 4096)
+        assert await read_all(access) == expected, number
+    with pytest.raises(InUse):
+        graph.remove_filter(filters[1])
+    await graph.remove(accesses[1])
+    graph.remove_filter(filters[1])
+    await graph.remove(filters[1])
+    await write(live.node, 0, b"8" * 8192)
+    for number in (0, 2):
+        expected = bytes([number + 1]) * 4096 + b"0" * (MIB - 4096)
+        assert await read_all(accesses[number]) == expected, number
 
 
 # --- the one-hop way on plain files --------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,14 +12,21 @@ import pytest
 
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.extent import HOLE, ZERO, Extent
-from nbdfleece.block.drivers import _posix
+from nbdfleece.block.drivers import _direct, _posix
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.locks import Locking
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.datapath.fileio import FileIo
 from nbdfleece.datapath.step import background
-from tests.support.driver_kit import DriverKit, open_descriptors, read, remove_all
+from tests.support.driver_kit import (
+    DriverKit,
+    make_image,
+    open_descriptors,
+    read,
+    remove_all,
+    stepped,
+)
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -36,13 +44,6 @@ def driver(
         cache_direct=cache_direct,
         new_and_sparse=new_and_sparse,
     )
-
-
-def make_image(path: Path, size: int) -> Path:
-    if not path.exists():
-        path.touch()
-        os.truncate(path, size)
-    return path
 
 
 class TestKit(DriverKit):
@@ -88,18 +89,14 @@ async def node(graph: Graph, tmp_path: Path) -> Node:
 async def zero(
     node: Node, *, may_unmap: bool = False, no_fallback: bool = False, fua: bool = False
 ) -> None:
-    await node.write_zeroes(
-        1 * MiB, 1 * MiB, fua=fua, may_unmap=may_unmap, no_fallback=no_fallback
-    )
+    await node.write_zeroes(1 * MiB, 1 * MiB, fua=fua, may_unmap=may_unmap, no_fallback=no_fallback)
 
 
 # --- opening ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
-async def test_what_is_no_regular_file_is_refused(
-    kind: str, graph: Graph, tmp_path: Path
-) -> None:
+async def test_what_is_no_regular_file_is_refused(kind: str, graph: Graph, tmp_path: Path) -> None:
     path = tmp_path / "odd"
     if kind == "folder":
         path.mkdir()
@@ -127,9 +124,7 @@ async def test_a_file_that_cannot_be_opened_is_one_clear_error(
         await graph.add("x", driver(f"{tmp_path}/{name}"), read_only=False, discard_enabled=True)
 
 
-async def test_read_only_nodes_open_the_file_for_reading_only(
-    graph: Graph, tmp_path: Path
-) -> None:
+async def test_read_only_nodes_open_the_file_for_reading_only(graph: Graph, tmp_path: Path) -> None:
     path = make_image(tmp_path / "image", 1000)
     node = await graph.add("disk", driver(path), read_only=True, discard_enabled=True)
     file = node.driver.plain_file()
@@ -202,9 +197,7 @@ async def test_without_holes_unmapping_zeroes_the_range_and_asks_once(
     assert refusing.tried == ["punch_hole", "zero_range", "zero_range"]
 
 
-async def test_without_any_fast_way_the_node_writes_zeroes(
-    node: Node, refusing: Refusing
-) -> None:
+async def test_without_any_fast_way_the_node_writes_zeroes(node: Node, refusing: Refusing) -> None:
     await node.write(0, memoryview(b"x" * 4 * MiB), fua=False)
     refusing.refuse("punch_hole", errno.EOPNOTSUPP)
     refusing.refuse("zero_range", errno.ENOSYS)
@@ -287,9 +280,7 @@ async def test_a_file_with_data_is_not_believed_to_be_new(graph: Graph, tmp_path
 
 
 @pytest.mark.usefixtures("_has_direct_io")
-async def test_direct_writes_that_share_a_page_lose_nothing(
-    graph: Graph, tmp_path: Path
-) -> None:
+async def test_direct_writes_that_share_a_page_lose_nothing(graph: Graph, tmp_path: Path) -> None:
     path = make_image(tmp_path / "image", 64 * KiB)
     node = await graph.add(
         "disk", driver(path, cache_direct=True), read_only=False, discard_enabled=True
@@ -311,6 +302,39 @@ async def test_direct_writes_that_share_a_page_lose_nothing(
 
 
 @pytest.mark.usefixtures("_has_direct_io")
+async def test_direct_writes_to_one_page_go_one_after_another(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_image(tmp_path / "image", 64 * KiB)
+    node = await graph.add(
+        "disk", driver(path, cache_direct=True), read_only=False, discard_enabled=True
+    )
+    real = _direct._write
+    begun: list[int] = []
+    go = threading.Event()
+
+    def write(
+        fd: int, buffered_fd: int, alignment: int, offset: int, data: memoryview, flags: int
+    ) -> None:
+        begun.append(offset)
+        if offset == 0:
+            assert go.wait(30)
+        real(fd, buffered_fd, alignment, offset, data, flags)
+
+    monkeypatch.setattr(_direct, "_write", write)
+    first = background(node.write(0, memoryview(b"a" * 100), fua=False))
+    same_page = background(node.write(200, memoryview(b"b" * 100), fua=False))
+    await stepped(node.write(8192, memoryview(b"c" * 100), fua=False))
+    assert begun == [0, 8192]
+
+    go.set()
+    await first
+    await same_page
+    assert begun == [0, 8192, 200]
+    assert await read(node, 0, 300) == b"a" * 100 + bytes(100) + b"b" * 100
+
+
+@pytest.mark.usefixtures("_has_direct_io")
 async def test_direct_nodes_go_past_the_page_cache(graph: Graph, tmp_path: Path) -> None:
     path = make_image(tmp_path / "image", 64 * KiB)
     node = await graph.add(
@@ -327,9 +351,7 @@ async def test_a_file_system_without_direct_io_is_told(
     graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_image(tmp_path / "image", 64 * KiB)
-    await graph.remove(
-        await graph.add("disk", driver(path), read_only=False, discard_enabled=True)
-    )
+    await graph.remove(await graph.add("disk", driver(path), read_only=False, discard_enabled=True))
     before = open_descriptors()
 
     def probe(_fd: int, _alignment: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ async def test_random_history_equals_the_plain_twin(
 def check_claims(found: list[Extent], plain: list[Extent], offset: int, length: int) -> None:
     """Extents are in order without gaps; what claims to be zero is."""
     assert found[0].offset == offset
-    for extent, following in zip(found, found[1:], strict=False):
+    for extent, following in itertools.pairwise(found):
         assert extent.end == following.offset
     assert all(extent.length > 0 for extent in found)
     data = [extent for extent in plain if extent.flags == DATA]
@@ -249,9 +250,7 @@ async def test_remembered_data_is_forgotten_with_the_hole(opened: OpenFile) -> N
 
     await opened.io.punch_hole(64 * KiB, 64 * KiB)
 
-    assert await opened.io.status(64 * KiB, 64 * KiB) == [
-        Extent(64 * KiB, 64 * KiB, HOLE | ZERO)
-    ]
+    assert await opened.io.status(64 * KiB, 64 * KiB) == [Extent(64 * KiB, 64 * KiB, HOLE | ZERO)]
 
 
 async def test_status_of_very_many_extents_is_cut_and_goes_on(tmp_path: Path) -> None:

@@ -18,13 +18,19 @@ class Ends:
 
     def __init__(self) -> None:
         self.ends: list[tuple[object, BaseException | None]] = []
+        self._wanted = 0
+        self._reached: asyncio.Future[None]
 
     def __call__(self, result: object, error: BaseException | None) -> None:
         self.ends.append((result, error))
+        if len(self.ends) == self._wanted:
+            self._reached.set_result(None)
 
     async def wait(self, count: int) -> None:
-        while len(self.ends) < count:
-            await asyncio.sleep(0)
+        if len(self.ends) < count:
+            self._wanted = count
+            self._reached = asyncio.get_running_loop().create_future()
+            await self._reached
 
 
 @both

@@ -164,6 +164,39 @@ async def test_an_awaiter_that_raises_does_not_keep_results_from_others() -> Non
     lane.close()
 
 
+async def test_an_end_of_turn_that_raises_does_not_keep_calls_from_their_threads() -> None:
+    loop = asyncio.get_running_loop()
+    reported: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _loop, context: reported.append(context))
+    lane = workers.Lane("turn", 1)
+
+    def raise_error() -> None:
+        raise AssertionError("a bug")
+
+    workers.completions().at_end(raise_error)
+    op = lane.submit(lambda: "ran")
+
+    assert await op == "ran"
+    assert len(reported) == 1
+    assert await lane.submit(lambda: "again") == "again"
+    lane.close()
+
+
+async def test_calls_of_one_turn_are_handed_over_at_its_end() -> None:
+    lane = workers.Lane("gather", 1)
+    ran = threading.Event()
+    found = workers.completions()
+
+    found.begin_turn()
+    op = lane.submit(ran.set)
+    assert not ran.is_set()
+    found.end_turn()
+    await op
+
+    assert ran.is_set()
+    lane.close()
+
+
 async def test_a_waiting_thread_keeps_nothing_of_the_last_call_alive() -> None:
     class Payload:
         pass

@@ -1,8 +1,8 @@
 """A client for tests of the server: asyncio on a raw socket, able to behave badly.
 
 `NbdClient.open` only connects. Then either `await client.run(talk)` with the talks of
-protocol.nbd.client, or `await client.connect(...)` for the whole handshake, and requests, any number
-at a time; or raw bytes with `send` and `receive`.
+protocol.nbd.client, or `await client.connect(...)` for the whole handshake, and any number of
+requests at a time; or raw bytes with `send` and `receive`.
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ class NbdClient:
         self, name: str = "disk", *, structured: bool = True, contexts: Sequence[str] = (BASE,)
     ) -> Connected:
         """Do the usual handshake and begin transmission."""
-        connected = await self.run(
-            client.connect(name, structured=structured, contexts=contexts)
-        )
+        connected = await self.run(client.connect(name, structured=structured, contexts=contexts))
         self.contexts = connected.contexts
         self.begin_transmission(connected.export, structured=connected.structured)
         return connected
@@ -252,7 +250,8 @@ class NbdClient:
                         future.set_result(reply)
                 received = await self._loop.sock_recv(self.sock, 1 << 18)
                 if not received:
-                    raise EOFError("the server closed the connection")
+                    self.lost = EOFError("the server closed the connection")
+                    break
         except (OSError, EOFError, PeerViolation) as error:
             self.lost = error
         except asyncio.CancelledError:

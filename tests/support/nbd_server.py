@@ -73,5 +73,5 @@ async def serving(
             driver.held.set()
     for export in exports:
         await exports.remove(export.options.id, RemoveMode.HARD)
-    for node in graph:
+    for node in reversed(list(graph)):  # parents were made after their children
         await graph.remove(node)

@@ -25,6 +25,8 @@ class SnapshotAccess(Driver):
     """Driver `snapshot-access`; child `file` with roles DATA and PRIMARY."""
 
     name: ClassVar[str] = "snapshot-access"
+    # The filter of a younger snapshot, put above ours, preserves another point in time.
+    stays_at_node: ClassVar[bool] = True
 
     async def open(self) -> int:
         """Check that there is a point in time to access; see Driver.open."""

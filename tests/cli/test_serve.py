@@ -1,0 +1,305 @@
+"""The daemon as a process: start, mistakes, signals, state folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon_process import Daemon, make_disk, nbdfleece
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def disk(short_tmp: Path) -> Path:
+    return make_disk(short_tmp / "disk.raw", SIZE)
+
+
+def refused(folder: Path, *args: str | Path) -> tuple[int, str]:
+    """Run a daemon that cannot start; return exit code and what it said."""
+    with Daemon(folder, *args) as daemon:
+        code = daemon.process.wait(20)
+        said = [line for line in daemon.errors().splitlines() if line.startswith("nbdfleece:")]
+        assert "Traceback" not in daemon.errors()
+        assert len(said) == 1, daemon.errors()
+        return code, said[0]
+
+
+def test_readiness_lines_name_export_and_uri(short_tmp: Path, disk: Path) -> None:
+    other = make_disk(short_tmp / "other.img", 12345)
+    with Daemon(short_tmp, f"vda={disk}", other) as daemon:
+        assert daemon.ready(2) == [
+            f"vda {daemon.uri('vda')}",
+            f"other {daemon.uri('other')}",
+        ]
+
+
+def test_print_uri_prints_nothing_else(short_tmp: Path, disk: Path) -> None:
+    with Daemon(short_tmp, "--print-uri", f"vda={disk}") as daemon:
+        assert daemon.ready() == [daemon.uri("vda")]
+
+
+def test_sockets_and_state_are_the_owners_alone(short_tmp: Path, disk: Path) -> None:
+    with Daemon(short_tmp, f"vda={disk}") as daemon:
+        daemon.ready()
+        for path in (daemon.socket, daemon.control):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(daemon.state.stat().st_mode) == 0o700
+        assert json.loads((daemon.state / "vda" / "disk.json").read_text())["version"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly(short_tmp: Path, disk: Path, number: int) -> None:
+    pid_file = short_tmp / "pid"
+    with Daemon(short_tmp, "--pid-file", pid_file, f"vda={disk}") as daemon:
+        daemon.ready()
+        assert pid_file.read_text() == f"{daemon.process.pid}\n"
+        assert daemon.run("snapshot", "create", "vda").code == 0
+        assert daemon.stop(number) == 0
+        assert not daemon.socket.exists()
+        assert not daemon.control.exists()
+        assert not pid_file.exists()
+        assert list(daemon.state.glob("*/snapshots/*")) == []
+        facts = json.loads((daemon.state / "vda" / "disk.json").read_text())
+        assert facts["mtime-ns"] == disk.stat().st_mtime_ns
+
+
+def test_hup_does_not_kill(short_tmp: Path, disk: Path) -> None:
+    with Daemon(short_tmp, f"vda={disk}") as daemon:
+        daemon.ready()
+        daemon.process.send_signal(signal.SIGHUP)
+        assert daemon.run("status").code == 0
+
+
+def test_two_daemons_on_one_state_folder(short_tmp: Path, disk: Path) -> None:
+    second = short_tmp / "b"
+    second.mkdir()
+    other = make_disk(second / "other.raw", SIZE)
+    with Daemon(short_tmp, f"vda={disk}") as daemon:
+        daemon.ready()
+        with Daemon(second, f"vdb={other}", state=daemon.state) as late:
+            assert late.process.wait(20) == 4
+            assert "another nbdfleece daemon is using it" in late.errors()
+        assert daemon.run("status").code == 0
+
+
+def test_two_daemons_on_one_control_socket(short_tmp: Path, disk: Path) -> None:
+    other = make_disk(short_tmp / "other.raw", SIZE)
+    with Daemon(short_tmp, f"vda={disk}") as daemon:
+        daemon.ready()
+        with Daemon(short_tmp, f"vdb={other}", state=short_tmp / "state2") as late:
+            assert late.process.wait(20) == 4
+            assert "another daemon is listening there" in late.errors()
+        assert daemon.run("status").code == 0
+        assert daemon.socket.exists()
+
+
+def test_two_daemons_on_one_disk(short_tmp: Path, disk: Path) -> None:
+    second = short_tmp / "b"
+    second.mkdir()
+    with Daemon(short_tmp, f"vda={disk}") as daemon:
+        daemon.ready()
+        code, said = refused(second, f"vda={disk}")
+        assert code in (1, 4)
+        assert "lock" in said
+
+
+def test_after_a_kill_the_leftovers_are_removed(short_tmp: Path, disk: Path) -> None:
+    with Daemon(short_tmp, f"vda={disk}") as daemon:
+        daemon.ready()
+        assert daemon.run("snapshot", "create", "vda", "--name", "one").code == 0
+        assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+        left = daemon.state / "vda" / "snapshots" / "one"
+        assert sorted(path.name for path in left.iterdir()) == ["meta.json", "temp.raw"]
+    with Daemon(short_tmp, f"vda={disk}") as daemon:
+        daemon.ready()
+        assert "WARNING snapshot vda@one of an earlier run is lost" in daemon.errors()
+        assert not left.exists()
+        assert daemon.run("snapshot", "create", "vda", "--name", "one").code == 0
+
+
+def test_leftovers_in_a_folder_of_their_own(short_tmp: Path, disk: Path) -> None:
+    temp = short_tmp / "temp"
+    with Daemon(short_tmp, "--temp-dir", temp, f"vda={disk}") as daemon:
+        daemon.ready()
+        assert daemon.run("snapshot", "create", "vda", "--name", "one").code == 0
+        assert [path.name for path in temp.iterdir()] == ["vda@one.raw"]
+        daemon.stop(signal.SIGKILL)
+    with Daemon(short_tmp, "--temp-dir", temp, f"vda={disk}") as daemon:
+        daemon.ready()
+        assert list(temp.iterdir()) == []
+
+
+def test_a_state_file_of_another_version_is_named(short_tmp: Path, disk: Path) -> None:
+    meta = short_tmp / "state" / "vda" / "snapshots" / "one" / "meta.json"
+    meta.parent.mkdir(parents=True)
+    meta.write_text('{"version": 99}')
+    code, said = refused(short_tmp, f"vda={disk}")
+    assert code == 1
+    assert str(meta) in said
+    assert "99" in said
+    assert meta.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        ([], 2, "no disk is given"),
+        (["nowhere.raw"], 5, "No such file"),
+        (["9=DISK"], 2, "cannot be the name of a disk"),
+        (["a b=DISK"], 2, "cannot be the name of a disk"),
+        (["vda=DISK,format=qcow2"], 1, "not built yet"),
+        (["vda=DISK,colour=red"], 2, "unknown key 'colour'"),
+        (["vda=DISK,read-only=maybe"], 2, "none of on, off"),
+        (["vda=nbd://localhost/x"], 1, "not built yet"),
+        (["vda=DISK", "vda=DISK"], 2, "two disks are called 'vda'"),
+        (["vda=FOLDER"], 1, "is a folder"),
+        (["vda=QCOW2"], 1, "looks like a qcow2 image"),
+        (["--listen", "udp:1", "vda=DISK"], 2, "udp"),
+        (["--listen", "tcp:0.0.0.0:0", "vda=DISK"], 2, "--allow-insecure"),
+        (["--tls-creds", "x", "vda=DISK"], 2, "--tls-creds is not built yet"),
+        (["--metrics", "x:1", "vda=DISK"], 2, "--metrics is not built yet"),
+        (["--max-connections", "x", "vda=DISK"], 2, "--max-connections"),
+        (["--config", "nowhere.toml"], 2, "No such file"),
+        (["--handshake-timeout", "soon", "vda=DISK"], 2, "is not a duration"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_are_one_line(
+    short_tmp: Path, disk: Path, args: list[str], code: int, text: str
+) -> None:
+    qcow2 = short_tmp / "image.qcow2"
+    qcow2.write_bytes(b"QFI\xfb" + bytes(1000))
+    places = {"DISK": str(disk), "FOLDER": str(short_tmp), "QCOW2": str(qcow2)}
+    for name, place in places.items():
+        args = [arg.replace(name, place) for arg in args]
+    found, said = refused(short_tmp, *args)
+    assert text in said
+    assert found == code
+
+
+def test_a_foreign_image_is_served_when_format_is_said(short_tmp: Path) -> None:
+    image = short_tmp / "image.qcow2"
+    image.write_bytes(b"QFI\xfb" + bytes(4092))
+    with Daemon(short_tmp, f"vda={image},format=raw") as daemon:
+        daemon.ready()
+
+
+def test_tcp_on_loopback_needs_no_word(short_tmp: Path, disk: Path) -> None:
+    with Daemon(short_tmp, "--listen", "tcp:127.0.0.1:0", f"vda={disk}") as daemon:
+        daemon.ready()
+        listening = daemon.run("status", "--json").json["daemon"]["listen"]
+        assert [text.partition(":")[0] for text in listening] == ["unix", "tcp"]
+
+
+# --- configuration file ----------------------------------------------------------------------
+
+
+def test_config_file_and_the_command_line_over_it(short_tmp: Path, disk: Path) -> None:
+    config = short_tmp / "c.toml"
+    config.write_text(f'disks = ["vda={disk}"]\nprint-uri = true\nlisten = "unix:/nowhere/x"\n')
+    with Daemon(short_tmp, "--config", config) as daemon:
+        assert daemon.ready() == [daemon.uri("vda")]  # --listen of the command line
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ('control = "x"\nlisten = 5\n', 2, "listen: expected an address"),
+        ('\n\ncolour = "red"\n', 3, "unknown key 'colour'"),
+        ("disks = [\n", 1, ""),
+        ('disks = ["DISK"]\ntls-creds = "x"\n', 2, "'tls-creds' is not built yet"),
+        ('drain-timeout = "soon"\n', 1, "not a duration"),
+        ('listen = ["unix:x"]\ndisks = ["vda=DISK,x=1"]\n', 2, "unknown key 'x'"),
+        ('disks = ["DISK"]\n\nlisten = ["unix:x",\n "udp:1"]\n', 4, "udp"),
+    ],
+)
+def test_check_config_names_file_and_line(
+    short_tmp: Path, disk: Path, text: str, line: int, says: str
+) -> None:
+    config = short_tmp / "c.toml"
+    config.write_text(text.replace("DISK", str(disk)))
+    done = nbdfleece("serve", "--check-config", "--config", config)
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert says in done.err
+    assert done.err.startswith(f"nbdfleece: serve: {config}:{line}")
+
+
+def test_check_config_opens_nothing(short_tmp: Path, disk: Path) -> None:
+    done = nbdfleece(
+        *("serve", "--check-config", "--listen", f"unix:{short_tmp}/s", "--control"),
+        *(short_tmp / "c", "--state-dir", short_tmp / "state", disk),
+    )
+    assert (done.code, done.err) == (0, "")
+    assert [path.name for path in short_tmp.iterdir()] == ["disk.raw"]
+
+
+# --- service managers ------------------------------------------------------------------------
+
+
+def test_the_service_manager_hears_of_ready_and_stopping(
+    short_tmp: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support import daemon_process
+
+    plain = daemon_process.environment
+    path = short_tmp / "notify"
+    monkeypatch.setattr(
+        daemon_process, "environment", lambda **extra: plain(NOTIFY_SOCKET=str(path), **extra)
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(path))
+        sock.settimeout(20)
+        with Daemon(short_tmp, f"vda={disk}") as daemon:
+            assert sock.recv(1000).startswith(b"READY=1")
+            daemon.process.send_signal(signal.SIGHUP)
+            assert sock.recv(1000).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+            assert sock.recv(1000).startswith(b"READY=1")
+            daemon.process.send_signal(signal.SIGTERM)
+            assert sock.recv(1000) == b"STOPPING=1"
+            assert daemon.process.wait(20) == 0
+
+
+@pytest.mark.interop("nbdcopy")
+def test_socket_activation_by_libnbd(
+    short_tmp: Path, disk: Path, program: Callable[[str], str]
+) -> None:
+    import subprocess
+    import sys
+
+    from tests.support.daemon_process import environment
+
+    copy = short_tmp / "copy.raw"
+    serve = [sys.executable, "-m", "nbdfleece", "serve", "-q", f"vda={disk}"]
+    serve += ["--control", str(short_tmp / "c"), "--state-dir", str(short_tmp / "state")]
+    subprocess.run(
+        [program("nbdcopy"), "--", "[", *serve, "]", str(copy)],
+        env=environment(),
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=30,
+    )
+    assert copy.read_bytes() == disk.read_bytes()
+
+
+# --- other mistakes --------------------------------------------------------------------------
+
+
+def test_a_second_signal_stops_at_once(short_tmp: Path, disk: Path) -> None:
+    with Daemon(short_tmp, "--drain-timeout", "60", f"vda={disk}") as daemon:
+        daemon.ready()
+        # A client that never says anything, and a monitor that has sent half a request.
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(daemon.control))
+            os.kill(daemon.process.pid, signal.SIGTERM)
+            os.kill(daemon.process.pid, signal.SIGTERM)
+            assert daemon.process.wait(20) in (0, 1)
+        assert not daemon.control.exists()

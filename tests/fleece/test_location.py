@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nbdfleece.base.errors import CommandError, ConfigError
+from nbdfleece.fleece.errors import LocationNotFound, NotBuilt
+from nbdfleece.fleece.location import check_snapshot_name, is_block_device, parse_location
+
+
+@pytest.mark.parametrize(
+    ("text", "disk", "path"),
+    [
+        ("/srv/disk.raw", "disk", "/srv/disk.raw"),
+        ("vda=/srv/disk.raw", "vda", "/srv/disk.raw"),
+        ("vda=/srv/a=b.raw", "vda", "/srv/a=b.raw"),
+        ("vda=/srv/a,,b.raw", "vda", "/srv/a,b.raw"),
+        ("/srv/a=b/disk.raw", "disk", "/srv/a=b/disk.raw"),
+        ("/srv/disk.tar.gz", "disk.tar", "/srv/disk.tar.gz"),
+        ("/dev/sdb", "sdb", "/dev/sdb"),
+    ],
+)
+def test_name_and_path(text: str, disk: str, path: str) -> None:
+    location = parse_location(text)
+    assert (location.disk, location.path) == (disk, path)
+
+
+def test_keys() -> None:
+    usual = parse_location("vda=/x")
+    assert (usual.read_only, usual.discard, usual.direct, usual.locking) == (
+        False,
+        True,
+        False,
+        True,
+    )
+    location = parse_location(
+        "vda=/x,format=raw,read-only=on,discard=ignore,cache=none,locking=off"
+    )
+    assert location.format_given
+    assert location.read_only
+    assert not location.discard
+    assert location.direct
+    assert not location.locking
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "vda=", "=x", "9=x", "a b=x", "x" * 65 + "=y", "vda=x,ro", "vda=x,format=vmdk"),
+        *(",x=y", "vda=x,discard=unmap,discard=unmap", "vda=x,Format=raw", "/1.raw"),
+        "/srv/\u00e9.raw",
+    ],
+)
+def test_mistakes(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_location(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["nbd://h/x", "vda=nbds://h", "vda=nbd+unix:///x?socket=/s", "vda=/x,format=qcow2"]
+)
+def test_what_is_not_built(text: str) -> None:
+    with pytest.raises(NotBuilt):
+        parse_location(text)
+
+
+@pytest.mark.parametrize("name", ["a", "A-b_c.d", "20240102T030405Z", "20240102T030405Z-2"])
+def test_snapshot_names(name: str) -> None:
+    check_snapshot_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "1", ".", "..", "a/b", "a@b", "x" * 65, "20240102T030405Z-", "a\n"]
+)
+def test_no_snapshot_names(name: str) -> None:
+    with pytest.raises(ConfigError):
+        check_snapshot_name(name)
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"QFI\xfb", "qcow2"),
+        (b"KDMV", "vmdk"),
+        (b"vhdxfile", "vhdx"),
+        (b"LUKS\xba\xbe", "luks"),
+        (b"QED\0", "qed"),
+        (bytes(64) + b"\x7f\x10\xda\xbe", "vdi"),
+    ],
+)
+def test_known_image_formats_are_no_raw_disks(tmp_path: Path, start: bytes, name: str) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(start + bytes(1000))
+    with pytest.raises(CommandError, match=f"looks like a {name} image"):
+        is_block_device(parse_location(str(image)))
+    assert is_block_device(parse_location(f"{image},format=raw")) is False
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(LocationNotFound):
+        is_block_device(parse_location(str(tmp_path / "none.raw")))
+    with pytest.raises(CommandError, match="is a folder"):
+        is_block_device(parse_location(f"vda={tmp_path}"))
+    with pytest.raises(CommandError):
+        is_block_device(parse_location("vda=/dev/null"))

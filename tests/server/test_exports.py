@@ -1,0 +1,230 @@
+"""The registry of exports."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from nbdfleece.base.errors import CommandError, InUse, NotFound, OptionRefused
+from nbdfleece.block.child import Child, Role
+from nbdfleece.block.driver import Driver
+from nbdfleece.protocol.nbd import client as talks
+from nbdfleece.protocol.nbd import constants as c
+from nbdfleece.server.export import ExportOptions
+from nbdfleece.server.exports import RemoveMode
+from tests.support.memory import MemoryDriver
+from tests.support.nbd_client import connected
+from tests.support.nbd_server import Served, pattern, serving
+from tests.support.waiting import until
+
+
+def options(
+    export_id: str = "new", name: str = "new", *, writable: bool = False, description: str = ""
+) -> ExportOptions:
+    return ExportOptions(export_id, name, writable=writable, description=description)
+
+
+async def listed(served: Served) -> list[str]:
+    one = await served.open()
+    await one.run(talks.greet(no_zeroes=True))
+    names = [name for name, _ in await one.run(talks.list_exports())]
+    await one.close()
+    return names
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [
+        (options(""), "Invalid block export id ''"),
+        (options("#x"), "Invalid block export id '#x'"),
+        (options("disk"), "Block export id 'disk' is already in use"),
+        (options(name="disk"), "NBD server already has export named 'disk'"),
+        (options(name="x" * 4097), "export name is longer than 4096 bytes"),
+        (options(description="x" * 4097), "export description is longer than 4096 bytes"),
+        (options(name="a\0b"), "export name contains a NUL byte"),
+        (options(name="\udcff"), "export name is not UTF-8"),
+    ],
+)
+async def test_bad_export_is_refused(short_tmp: Path, wanted: ExportOptions, text: str) -> None:
+    async with serving(short_tmp) as served:
+        node = await served.add_node(MemoryDriver(bytearray(4096)))
+
+        with pytest.raises(CommandError, match=text):
+            served.exports.add(node, wanted)
+
+        assert len(list(served.exports)) == 2
+        assert not node.parents
+
+
+async def test_longest_name_is_taken_and_found(short_tmp: Path) -> None:
+    name = "n" * 4096
+    async with serving(short_tmp) as served:
+        await served.add("big", b"1234")
+        node = await served.add_node(MemoryDriver(bytearray(b"5678")))
+        served.exports.add(node, options(name=name))
+
+        async with connected(served.path, name) as client:
+            assert await client.read(0, 4) == b"5678"
+        assert name in await listed(served)
+
+
+async def test_read_only_node_is_not_offered_for_writing(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        node = await served.add_node(MemoryDriver(bytearray(4096)), read_only=True)
+
+        with pytest.raises(CommandError, match="read-only"):
+            served.exports.add(node, options(writable=True))
+        assert not node.parents
+        assert served.exports.find("new") is None
+
+        served.exports.add(node, options(writable=False))
+
+
+async def test_conflicting_use_of_the_node_is_refused(short_tmp: Path) -> None:
+    class Selfish(MemoryDriver):
+        def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:
+            return 0, 0
+
+        async def open(self) -> int:
+            return 4096
+
+    async with serving(short_tmp) as served:
+        node = await served.add_node(MemoryDriver(bytearray(4096)))
+        owner: Driver = Selfish(bytearray(4096))
+        await served.graph.add(
+            "owner", owner, {"file": (node, Role.DATA)}, read_only=False, discard_enabled=True
+        )
+
+        with pytest.raises(CommandError, match="Conflicts"):
+            served.exports.add(node, options())
+
+
+async def test_node_that_is_too_large_is_refused(short_tmp: Path) -> None:
+    class Huge(MemoryDriver):
+        async def open(self) -> int:
+            return 1 << 63
+
+    async with serving(short_tmp) as served:
+        node = await served.add_node(Huge(bytearray()))
+
+        with pytest.raises(CommandError, match="larger"):
+            served.exports.add(node, options())
+
+
+async def test_unknown_export_is_not_found(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        with pytest.raises(NotFound):
+            served.exports.get("unknown")
+        with pytest.raises(NotFound):
+            await served.exports.remove("unknown", RemoveMode.SAFE)
+
+
+async def test_id_and_name_are_different_things(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        node = await served.add_node(MemoryDriver(bytearray(4)))
+        served.exports.add(node, options("the-id", "the-name"))
+
+        assert "the-name" in await listed(served)
+        assert served.exports.find("the-id") is None
+        assert served.exports.get("the-id").options.name == "the-name"
+
+
+async def test_default_export(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        one = await served.open()
+        await one.run(talks.greet(no_zeroes=True))
+        with pytest.raises(OptionRefused) as caught:
+            await one.run(talks.go(""))
+        assert caught.value.reply == c.NBD_REP_ERR_UNKNOWN
+
+        served.exports.default_name = "frozen"
+        assert (await one.run(talks.go(""))).name == "frozen"
+        await one.close()
+
+
+# --- removal ---------------------------------------------------------------------------------
+
+
+async def test_safe_removal_is_refused_while_there_are_clients(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        async with connected(served.path) as client:
+            with pytest.raises(InUse, match="export 'disk' still in use"):
+                await served.exports.remove("disk", RemoveMode.SAFE)
+            assert await client.read(0, 4) == pattern(4)
+            await client.disconnect()
+
+        await served.exports.get("disk").wait_unused()
+        await served.exports.remove("disk", RemoveMode.SAFE)
+        assert await listed(served) == ["frozen"]
+
+
+async def test_hard_removal_disconnects_the_clients_of_this_export_alone(short_tmp: Path) -> None:
+    async with (
+        serving(short_tmp) as served,
+        connected(served.path) as client,
+        connected(served.path, "frozen") as other,
+    ):
+        node = served.exports.get("disk").node
+        gone: list[str] = []
+        served.exports.removed.subscribe(gone.append)
+
+        await served.exports.remove("disk", RemoveMode.HARD)
+
+        await client.wait_closed()
+        assert gone == ["disk"]
+        assert not node.parents
+        assert await other.read(0, 4) == pattern(4)
+        late = await served.open()
+        with pytest.raises(OptionRefused):
+            await late.connect("disk")
+        await late.close()
+
+
+async def test_hard_removal_waits_for_requests_in_flight(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served, connected(served.path) as client:
+        served.disk.hold = {"write"}
+        await client.submit(c.NBD_CMD_WRITE, 0, 4, data=b"abcd")
+        await until(lambda: served.disk.waiting)
+
+        async with asyncio.TaskGroup() as tasks:
+            removal = tasks.create_task(served.exports.remove("disk", RemoveMode.HARD))
+            await client.wait_closed()
+            assert not removal.done()
+            with pytest.raises(CommandError, match="already in use"):
+                served.exports.add(served.exports.get("frozen").node, options("disk", "other"))
+            with pytest.raises(InUse):
+                await served.exports.remove("disk", RemoveMode.SAFE)
+            second = tasks.create_task(served.exports.remove("disk", RemoveMode.HARD))
+            served.disk.held.set()
+        assert removal.done()
+        assert second.done()
+        assert served.disk.data[:4] == b"abcd"
+
+
+async def test_name_of_a_removed_export_may_be_used_again(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        first = served.exports.find("disk")
+        node = served.exports.get("disk").node
+        await served.exports.remove("disk", RemoveMode.SAFE)
+        served.exports.add(node, options("disk", "disk"))
+
+        again = served.exports.find("disk")
+        assert first is not None
+        assert again is not None
+        assert first.generation != again.generation
+
+
+async def test_go_right_after_info_meets_the_same_export_or_none(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        one = await served.open()
+        await one.run(talks.greet(no_zeroes=True))
+        await one.run(talks.info("disk"))
+        node = served.exports.get("disk").node
+        await served.exports.remove("disk", RemoveMode.SAFE)
+        served.exports.add(node, options("disk", "disk"))
+
+        with pytest.raises(OptionRefused, match="changed"):
+            await one.run(talks.go("disk"))
+        await one.close()
