@@ -24,7 +24,6 @@ Spec: NBD proto.md "Transmission phase", "Structured reply chunk types".
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 from collections import deque
@@ -74,6 +73,7 @@ from nbdfleece.protocol.nbd.errno_map import to_nbd_error
 from nbdfleece.protocol.nbd.request import check
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Coroutine
 
     from nbdfleece.datapath.route import Route, StatusFunction
@@ -205,7 +205,7 @@ class Pump:
         self._work()
 
     def _received_eof(self) -> None:
-        """Note that what was received whole is to be carried out and the socket then closed (P4)."""
+        """Carry out what was received whole, then close the socket (P4)."""
         self._finishing = True
 
     # --- parsing ---------------------------------------------------------------------------

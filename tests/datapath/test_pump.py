@@ -12,6 +12,7 @@ import pytest
 
 from nbdfleece.base import limits
 from nbdfleece.base.errors import IoError
+from nbdfleece.base.extent import Extent
 from nbdfleece.block.node import Node
 from nbdfleece.datapath.pump import Pump
 from nbdfleece.datapath.route import Route
@@ -177,6 +178,35 @@ async def test_block_status_covers_the_request_and_merges(line: MakeLine, one: b
     extents = await server.client.status(0, MIB, flags=flags)
     assert extents == [(8 * KIB, 0), (MIB - 8 * KIB, 3)][: 1 if one else 2]
     assert await server.client.status(100, 50, flags=flags) == [(50, 0)]
+
+
+async def test_of_two_contexts_one_failing_there_is_exactly_one_error_reply(
+    line: MakeLine,
+) -> None:
+    """T-N11: QEMU 7.2 sends an error and then goes on with the other context."""
+    server = line(MemoryDriver(bytearray(MIB)))
+
+    async def fail(_offset: int, _length: int) -> list[Extent]:
+        raise IoError(errno.EACCES, "no status")
+
+    for contexts in ([(1, fail), (7, server.node.block_status)],
+                     [(7, server.node.block_status), (1, fail)]):  # fmt: skip
+        server.pump.contexts = contexts
+        reply = await server.client.ask(c.NBD_CMD_BLOCK_STATUS, 0, MIB)
+        assert reply.error == c.NBD_EINVAL
+        assert await server.client.read(0, 512) == bytes(512)
+
+
+async def test_contexts_of_one_reply_cover_the_same_range(line: MakeLine) -> None:
+    server = line(MemoryDriver(bytearray(MIB)))
+
+    async def short(offset: int, length: int) -> list[Extent]:
+        return [Extent(offset, min(length, 1000 - offset % 1000), offset // 1000 % 2)]
+
+    server.pump.contexts = [(7, server.node.block_status), (1, short)]
+    flags = c.NBD_CMD_FLAG_REQ_ONE
+    reply = await server.client.ask(c.NBD_CMD_BLOCK_STATUS, 0, MIB, flags=flags)
+    assert reply.status == {7: [(1000, 3)], 1: [(1000, 0)]}
 
 
 async def test_an_error_after_part_of_a_long_read_is_told_behind_it(line: MakeLine) -> None:
