@@ -23,6 +23,7 @@ from nbdfleece.server.export import READ_ONLY_FLAGS, WRITABLE_FLAGS
 from tests.reference.pump import PlainServer
 from tests.support.memory import MemoryDriver
 from tests.support.nbd_client import BASE, NbdClient
+from tests.support.waiting import turns, until
 
 KIB, MIB = 1024, 1 << 20
 
@@ -322,8 +323,7 @@ async def test_a_client_that_reads_nothing_is_not_read_from(line: MakeLine) -> N
     begun = -1
     while begun != server.pump.requests:
         begun = server.pump.requests
-        for _ in range(50):
-            await asyncio.sleep(0)
+        await turns(50)
     assert begun < 50
     sender.cancel()
 
@@ -335,8 +335,7 @@ async def test_a_drain_does_not_wait_for_a_client_that_does_not_read(line: MakeL
     assert server.client._reader is not None
     server.client._reader.cancel()
     await server.client.send(wire.request(0, flags=0, cookie=1, offset=0, length=8 * MIB))
-    while server.pump.requests == 0:
-        await asyncio.sleep(0)
+    await until(lambda: server.pump.requests)
     server.pump.pause()
     await server.pump.wait_idle()
     assert server.pump.in_flight == 0
@@ -350,11 +349,9 @@ async def test_a_paused_pump_begins_nothing_and_goes_on_where_it_was(line: MakeL
     server.pump.pause()
     write = await server.client.submit(c.NBD_CMD_WRITE, 0, 4096, data=b"w" * 4096)
     read = await server.client.submit(c.NBD_CMD_READ, 4096, 4096)
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await turns(20)
     server.pump.resume()
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await turns(20)
     assert server.pump.requests == 0
     server.pump.resume()
     assert (await write).error == 0
@@ -369,10 +366,8 @@ async def test_requests_in_flight_are_bounded_without_refusing_any(line: MakeLin
         await server.client.submit(c.NBD_CMD_WRITE, n * 512, 512, data=b"w" * 512)
         for n in range(limits.MAX_REQUESTS_IN_FLIGHT + 50)
     ]
-    while server.pump.in_flight < limits.MAX_REQUESTS_IN_FLIGHT:
-        await asyncio.sleep(0)
-    for _ in range(50):
-        await asyncio.sleep(0)
+    await until(lambda: server.pump.in_flight == limits.MAX_REQUESTS_IN_FLIGHT)
+    await turns(50)
     assert server.pump.in_flight == limits.MAX_REQUESTS_IN_FLIGHT
     driver.hold.clear()
     driver.held.set()
@@ -396,8 +391,7 @@ async def test_writes_of_a_client_that_is_gone_are_carried_out(line: MakeLine) -
     driver.hold.add("write")
     server = line(driver)
     await server.client.submit(c.NBD_CMD_WRITE, 0, 4096, data=b"w" * 4096)
-    while not server.pump.in_flight:
-        await asyncio.sleep(0)
+    await until(lambda: server.pump.in_flight)
     server.pump.abort("gone")
     assert not server.pump.closed.done()
     driver.held.set()
