@@ -1,4 +1,52 @@
-"""The hot room: mechanism without policy, flat where that pays.
+"""The hot room: what happens to every request, without policy. Flat where that pays.
 
-(The essay on the life of one request, with figures, stands here once measured.)
-"""
+The life of a cached 4 KiB READ of a snapshot, at depth 16
+----------------------------------------------------------
+One wake-up of the event loop finds up to 16 request headers in the inbox (`inbox`). For each,
+`pump` unpacks the header in place, checks it in one comparison, and calls `Route.read_now`. That
+goes through the graph as plain calls: access node, filter (one look at the state map, `states`),
+file node, and one `preadv` with RWF_NOWAIT (`fileio`) straight into the outbox, behind the place
+of the reply's header. All replies of the wake-up leave with one `send` (`outbox`). Nothing is
+allocated, no coroutine is made, nothing is copied but by the two system calls.
+
+    microseconds   what
+    1.1            preadv of a cached page
+    0.5            five calls down the graph
+    1.5            header in, header out, bookkeeping
+    0.6            a 16th of the loop's turn, of recv and of send
+    ~4             in all; a client sees 130,000 requests per second and more
+
+A read that is not cached, or touches a cluster whose copy is in flight, is tried, refused, and
+runs as a coroutine that awaits a thread: about 65 microseconds more, which the disk hides.
+
+The life of a 4 KiB WRITE
+-------------------------
+Buffered writes may block (a frozen file system, a throttled device), so they go to a thread: one
+hop there and one back, some 60 of its 75 microseconds at depth 1. The coroutine is stepped by
+hand (`step`); what it awaits is an `Op` (`workers`), which resumes it in the very callback that
+learns of the result. At depth 16 the requests of one wake-up are handed over together at the end
+of the turn and come back together, about 20 microseconds each. The first write to a cluster under
+a snapshot is the same one hop: save old data, mark DONE, write new data.
+
+What was tried and left
+-----------------------
+- A task per request: 4 microseconds more than stepping.
+- asyncio.Future for results of threads: a loop turn more, 5 microseconds at depth 1.
+- Handing each write to its thread at once: the thread wakes while the loop still works, and the two
+  fight for the interpreter lock at some 50 microseconds a time; a third of the writes at depth 16.
+- copy_file_range for old data: 6 against 5 microseconds for 4 KiB and 520 against 170 for 1 MiB on
+  ext4. With reflinks on XFS large pieces gain a factor of two and small ones lose three, and every
+  later guest write to a shared extent pays for it. Read and write win for the guest.
+- Inline writes with RWF_NOWAIT: ext4 refuses them; XFS takes them, but a frozen file system blocks
+  the call all the same, and with it every export.
+- sendfile and splice to the client: the pages wait in the socket and change when the guest
+  overwrites them. Wrong data; never from the active disk.
+- mmap and send: a fifth faster than preadv and send for large reads, but it blocks, or fails with a
+  signal, where a page is not there, and counts the disk as the process's memory.
+- Larger and smaller pieces of long reads than 256 KiB: smaller cost system calls, larger leave the
+  second-level cache.
+
+Figures: two cores of a virtual machine, Linux 6.18, Python 3.11, 2026-11. Ratios are in
+docs/performance.md. Exceptions granted to this room: functions up to 150 lines, `__init__` up to
+40, tuples and ints in place of dataclasses. Each trick says `# FAST:` and has its plain twin in
+tests/reference/, with which a test compares it. """

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from nbdfleece.cli.client import Client
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.protocol.nbd.client_replies import Reply
 from tests.support.daemon_process import Daemon, Result, environment
@@ -84,10 +85,23 @@ async def listed(daemon: Daemon) -> dict[str, dict]:
 
 
 async def clients(daemon: Daemon) -> list[dict]:
-    """Return the clients that `status --json` knows."""
-    done = await cli(daemon, "status", "--json")
-    assert done.code == 0, done.err
-    return done.json["clients"]
+    """Return the clients that the daemon knows, with what each has done."""
+
+    def ask() -> list[dict]:
+        with Client(str(daemon.control)) as monitor:
+            return [dict(row.value) for row in monitor.query("query-fleece-clients")]
+
+    return await asyncio.to_thread(ask)
+
+
+async def in_flight(daemon: Daemon) -> int:
+    """Return how many requests have begun and not ended."""
+    return sum(row.get("in-flight", 0) for row in await soon(clients(daemon)))
+
+
+async def has_in_flight(daemon: Daemon, count: int) -> bool:
+    """Tell whether so many requests have begun and not ended."""
+    return await in_flight(daemon) >= count
 
 
 def descriptors(daemon: Daemon) -> list[str]:
