@@ -109,7 +109,11 @@ class Graph:
                 change.attach(Child(child_name, role, node, child, perm=0, shared=permissions.ALL))
             change.commit([node])
             node.size = await driver.open()
-            permissions.refresh([node])  # what the driver needs may be known only now
+            try:
+                permissions.refresh([node])  # what the driver needs may be known only now
+            except CommandError:
+                await driver.close()
+                raise
         except BaseException:
             change.undo()
             del self._nodes[name]

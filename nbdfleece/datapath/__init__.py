@@ -48,5 +48,6 @@ What was tried and left
 
 Figures: two cores of a virtual machine, Linux 6.18, Python 3.11, 2026-11. Ratios are in
 docs/performance.md. Exceptions granted to this room: functions up to 150 lines, `__init__` up to
-40, tuples and ints in place of dataclasses. Each trick says `# FAST:` and has its plain twin in
-tests/reference/, with which a test compares it. """
+40, tuples and ints in place of dataclasses. Each trick is marked FAST and has its plain twin in
+tests/reference/, with which a test compares it.
+"""

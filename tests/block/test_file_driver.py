@@ -12,6 +12,7 @@ import pytest
 
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.extent import HOLE, ZERO, Extent
+from nbdfleece.base.limits import FILE_THREADS
 from nbdfleece.block.drivers import _direct, _posix
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.locks import Locking
@@ -247,6 +248,19 @@ async def test_fua_syncs_behind_fast_zeroes(fua: bool, node: Node, refusing: Ref
     refusing.refuse("sync", 0)
     await zero(node, fua=fua)
     assert refusing.tried == ["zero_range", "sync"][: 1 + fua]
+
+
+async def test_the_allocation_is_told_while_all_threads_of_the_file_are_stuck(node: Node) -> None:
+    file = node.driver.plain_file()
+    assert file is not None
+    go = threading.Event()
+    stuck = [background(file.run(go.wait, "wait", 0, 0)) for _ in range(FILE_THREADS + 1)]
+
+    assert await node.driver.allocated_size() == 0
+
+    go.set()
+    for each in stuck:
+        await each
 
 
 # --- new files -------------------------------------------------------------------------------

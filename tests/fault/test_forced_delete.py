@@ -64,8 +64,8 @@ async def test_readers_get_right_bytes_or_an_end(
                 return
 
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "keep")
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="keep")
+        await snapshot(daemon, "vda", name="one")
         copy = (program("nbdcopy"), daemon.uri("vda@one"), "-")
         async with client(daemon, "vda") as guest, asyncio.TaskGroup() as guests:
             for lane in range(16):
@@ -107,7 +107,7 @@ async def test_again_and_again_under_the_same_name(short_tmp: Path) -> None:
         async with client(daemon, "vda") as guest:
             for number in range(1, 9):
                 await guest.write(0, bytes([number]) * MiB)
-                await snapshot(daemon, "vda", "--name", "one")
+                await snapshot(daemon, "vda", name="one")
                 async with client(daemon, "vda@one") as reader:
                     waiting = [await reader.submit(0, 0, MiB) for _ in range(20)]
                     await guest.write(0, b"\xff" * MiB)

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -36,6 +37,7 @@ Program = Callable[[str], str]
 
 SIZE = 16 * MiB
 OLD = blocks(SIZE, 64 * KiB)
+SOCKETS: WeakKeyDictionary[Daemon, int] = WeakKeyDictionary()  # that a daemon without clients has
 
 
 @pytest.fixture
@@ -43,6 +45,7 @@ def daemon(short_tmp: Path) -> Iterator[Daemon]:
     disk = short_tmp / "vda.raw"
     disk.write_bytes(OLD)
     with serving(short_tmp, disk) as running:
+        SOCKETS[running] = descriptors(running).count("socket")  # nobody has connected yet
         yield running
 
 
@@ -53,17 +56,18 @@ async def nobody(daemon: Daemon) -> bool:
 @asynccontextmanager
 async def nothing_leaks(daemon: Daemon) -> AsyncIterator[None]:
     """Look at descriptors, sessions and readers before and after."""
-    await snapshot(daemon, "vda", "--name", "one")
+    await snapshot(daemon, "vda", name="one")
     for export in ("vda", "vda@one"):  # whatever is made at the first use
         await read_export(daemon, export)
     async with client(daemon, "vda") as guest:
         await guest.write(0, OLD[:MiB])
         await guest.flush()
     await eventually(lambda: nobody(daemon))
-    before = await eventually(lambda: without_monitors(daemon))
+    before = files(daemon)
     yield
     await eventually(lambda: nobody(daemon))
-    await eventually(lambda: without_monitors(daemon) == before)
+    assert files(daemon) == before
+    await eventually(lambda: descriptors(daemon).count("socket") == SOCKETS[daemon])
     rows = await listed(daemon)
     assert (rows["vda@one"]["state"], rows["vda@one"]["readers"]) == ("ok", 0)
     assert await read_export(daemon, "vda@one") == OLD
@@ -75,10 +79,9 @@ async def nothing_leaks(daemon: Daemon) -> AsyncIterator[None]:
     assert (await cli(daemon, "health")).code == 0
 
 
-def without_monitors(daemon: Daemon) -> list[str]:
-    """Return the open files; monitors come and go, so wait until two looks agree."""
-    first, second = descriptors(daemon), descriptors(daemon)
-    return first if first == second else []
+def files(daemon: Daemon) -> list[str]:
+    """Return what is open and no socket: monitors come and go."""
+    return [name for name in descriptors(daemon) if name != "socket"]
 
 
 async def kill_when(daemon: Daemon, process: subprocess.Popen, counter: str, amount: int) -> None:
@@ -107,22 +110,18 @@ async def test_a_reader_that_is_killed_while_it_copies(
 
 @pytest.mark.interop("nbdcopy")
 async def test_a_copy_into_the_live_disk_that_is_killed(
-    daemon: Daemon, program: Program, short_tmp: Path, rng: random.Random
+    daemon: Daemon, program: Program, rng: random.Random
 ) -> None:
     """Its input is an endless pipe."""
     async with nothing_leaks(daemon):
         for _ in range(3):
-            pipe = ("sh", "-c", "tr '\\0' '\\7' </dev/zero | exec \"$0\" - \"$1\"")
-            command = (*pipe, program("nbdcopy"), daemon.uri("vda"))
-            with started(*command, start_new_session=True) as process:
-                amount = rng.randrange(SIZE // 2)
-
-                async def has_written(amount: int = amount) -> bool:
-                    rows = await clients(daemon)
-                    return any(row.get("bytes-written", 0) > amount for row in rows)
-
-                await eventually(has_written)
-                process.kill()
+            endless = ("tr", "\\0", "\\7")
+            with (
+                open("/dev/zero", "rb") as zeroes,  # noqa: ASYNC230 - never blocks
+                started(*endless, stdin=zeroes, stdout=subprocess.PIPE) as pipe,
+                started(program("nbdcopy"), "-", daemon.uri("vda"), stdin=pipe.stdout) as process,
+            ):
+                await kill_when(daemon, process, "bytes-written", rng.randrange(SIZE // 2))
 
 
 @pytest.mark.interop("fio")
@@ -196,7 +195,7 @@ async def test_all_of_them_at_once(daemon: Daemon, program: Program, short_tmp: 
 
             async def all_are_busy() -> bool:
                 assert all(process.poll() is None for process in processes)
-                rows = [row for row in await clients(daemon) if row.get("requests", 0) > 3]
+                rows = [row for row in await clients(daemon) if row.get("requests", 0) > 1]
                 return len(rows) >= 3
 
             await eventually(all_are_busy)

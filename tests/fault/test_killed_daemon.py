@@ -87,8 +87,8 @@ async def test_what_was_acknowledged_survives_a_kill(
         ledger = Ledger()
         with serving(short_tmp, disk) as daemon:
             if with_snapshot:
-                await snapshot(daemon, "vda", "--name", "one")
-                await snapshot(daemon, "vda", "--name", "two")
+                await snapshot(daemon, "vda", name="one")
+                await snapshot(daemon, "vda", name="two")
             ends = await connect(daemon)
             enough = rng.randrange(300, 1200)
             async with asyncio.TaskGroup() as tasks:
@@ -106,7 +106,7 @@ async def test_what_was_acknowledged_survives_a_kill(
             assert warnings == (2 * (attempt + 1) if with_snapshot else 0)
             assert await listed(daemon) == {}
             assert not list(daemon.state.glob("vda/snapshots/*"))
-            await snapshot(daemon, "vda", "--name", "one")
+            await snapshot(daemon, "vda", name="one")
             assert daemon.stop() == 0
         with disk.open("r+b") as file:  # start again from nothing
             file.write(bytes(SIZE))
@@ -121,7 +121,7 @@ async def test_an_orderly_end_keeps_what_was_acknowledged(
     disk.write_bytes(bytes(SIZE))
     ledger = Ledger()
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         ends = await connect(daemon)
         idle = await NbdClient.open(str(daemon.socket))
         await idle.connect("vda@one")
@@ -188,7 +188,7 @@ async def test_a_second_signal_is_immediate(short_tmp: Path) -> None:
     disk = short_tmp / "vda.raw"
     disk.write_bytes(b"\1" * SIZE)
     with serving(short_tmp, "--drain-timeout", "100", disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         reader = await stalled_reader(daemon)
         daemon.process.terminate()
         await eventually(lambda: "SIGTERM: stopping" in daemon.errors())
@@ -199,7 +199,7 @@ async def test_a_second_signal_is_immediate(short_tmp: Path) -> None:
         assert not daemon.control.exists()
         await reader.close()
     with serving(short_tmp, disk) as daemon:  # and what it left is no hindrance
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
 
 
 async def test_a_client_that_reads_nothing_holds_up_the_end_no_longer_than_allowed(
@@ -208,7 +208,7 @@ async def test_a_client_that_reads_nothing_holds_up_the_end_no_longer_than_allow
     disk = short_tmp / "vda.raw"
     disk.write_bytes(b"\1" * SIZE)
     with serving(short_tmp, "--drain-timeout", "1", disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         reader = await stalled_reader(daemon)
         daemon.process.terminate()
         assert await asyncio.to_thread(daemon.process.wait, 8) in (0, 1)

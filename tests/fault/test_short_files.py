@@ -35,7 +35,7 @@ async def test_old_data_that_cannot_be_read_is_a_failed_copy(
     for disk in disks:
         disk.write_bytes(OLD)
     with serving(short_tmp, *disks, disks=2) as daemon:
-        await snapshot(daemon, "vda", "vdb", "--name", "one", "--on-error", policy)
+        await snapshot(daemon, "vda", "vdb", name="one", on_error=policy)
         async with (
             client(daemon, "vda") as guest,
             client(daemon, "vda@one") as reader,
@@ -68,7 +68,7 @@ async def test_saved_data_that_is_lost_is_an_error_and_never_zeroes(short_tmp: P
     disk = short_tmp / "vda.raw"
     disk.write_bytes(OLD)
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         (temp,) = daemon.state.glob("vda/snapshots/one/temp.raw")
         async with client(daemon, "vda") as guest, client(daemon, "vda@one") as reader:
             await guest.write(2 * MiB, b"\xaa" * MiB)

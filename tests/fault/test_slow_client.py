@@ -75,7 +75,7 @@ async def test_who_does_not_read_live_data_holds_up_nobody(
     async with client(daemon, "vda") as guest, client(daemon, "vdb") as other:
         await soon(guest.write(0, b"\xaa" * MiB))
         await soon(guest.flush())
-        await soon(snapshot(daemon, "vda", "vdb", "--name", "one"), QUICK_S)
+        await soon(snapshot(daemon, "vda", "vdb", name="one"), QUICK_S)
         await soon(guest.write(0, b"\xbb" * 4 * MiB))
         await soon(other.write(0, b"\xbb" * 4 * MiB))
         assert await soon(read_export(daemon, "vda@one")) == b"\xaa" * MiB + OLD[MiB:]
@@ -94,13 +94,13 @@ async def test_a_late_reader_of_a_snapshot_gets_the_instant_all_the_same(
     daemon: Daemon, *, structured: bool
 ) -> None:
     """Replies wait in the server while the guest overwrites all that they were made of."""
-    await snapshot(daemon, "vda", "--name", "one")
+    await snapshot(daemon, "vda", name="one")
     reader = await lazy(daemon, "vda@one", structured=structured)
     async with client(daemon, "vda") as guest:
         for offset in range(0, SIZE, 4 * MiB):
             await soon(guest.write(offset, b"\xee" * 4 * MiB))
         await soon(guest.trim(0, SIZE // 2))
-        await soon(snapshot(daemon, "vda", "--name", "two"), QUICK_S)
+        await soon(snapshot(daemon, "vda", name="two"), QUICK_S)
         await soon(guest.write(0, b"\xdd" * MiB))
 
     # Now it reads; replies come in any order.
@@ -132,7 +132,7 @@ async def replies(reader: NbdClient, *, structured: bool) -> dict[int, bytes]:
 async def test_a_snapshot_with_a_reader_that_stands_still_is_deleted_by_force(
     daemon: Daemon,
 ) -> None:
-    await snapshot(daemon, "vda", "--name", "one")
+    await snapshot(daemon, "vda", name="one")
     reader = await lazy(daemon, "vda@one")
     async with client(daemon, "vda") as guest:
         refused = await soon(cli(daemon, "snapshot", "delete", "vda@one"), QUICK_S)
@@ -152,7 +152,7 @@ async def test_half_a_write_holds_up_nobody_and_changes_nothing(daemon: Daemon) 
     header = wire.request(c.NBD_CMD_WRITE, flags=0, cookie=1, offset=0, length=8 * MiB)
     await slow.send(header + b"\xee" * 3 * MiB)
     async with client(daemon, "vda") as guest:
-        await soon(snapshot(daemon, "vda", "--name", "one"), QUICK_S)
+        await soon(snapshot(daemon, "vda", name="one"), QUICK_S)
         await soon(guest.write(16 * MiB, b"\xaa" * MiB))
         await soon(guest.flush())
         await slow.close()
@@ -177,7 +177,7 @@ async def test_a_monitor_that_reads_nothing_holds_up_nobody(daemon: Daemon) -> N
                 sent += monitor.send(request)
             except BlockingIOError:
                 break
-        await soon(snapshot(daemon, "vda", "--name", "one"), QUICK_S)
+        await soon(snapshot(daemon, "vda", name="one"), QUICK_S)
         assert "vda@one" in await soon(listed(daemon), QUICK_S)
         async with client(daemon, "vda") as guest:
             await soon(guest.write(0, b"\xaa" * MiB))

@@ -38,9 +38,9 @@ async def test_other_disks_do_not_notice(
         bad = mounted.path / "bad.raw"
         bad.write_bytes(OLD)
         with serving(short_tmp, bad, good, disks=2) as daemon:
-            await snapshot(daemon, "good", "--name", "one")
+            await snapshot(daemon, "good", name="one")
             if with_snapshot:
-                await snapshot(daemon, "bad", "--name", "one")
+                await snapshot(daemon, "bad", name="one")
             async with (
                 client(daemon, "bad") as victim,
                 client(daemon, "bad") as second,
@@ -63,7 +63,7 @@ async def test_other_disks_do_not_notice(
                     await soon(guest.zero(4 * MiB, MiB))
                     await soon(guest.flush())
                     assert await soon(reader.read(0, SIZE)) == OLD
-                    await soon(snapshot(daemon, "good", "--name", "two"))
+                    await soon(snapshot(daemon, "good", name="two"))
                     await soon(guest.write(0, b"\xbb" * MiB))
                     done = await soon(cli(daemon, "snapshot", "delete", "good@two"))
                     assert done.code == 0
@@ -98,6 +98,6 @@ async def test_a_snapshot_of_it_is_refused_in_bounded_time(short_tmp: Path) -> N
                     mounted.thaw()
                     assert (await soon(stuck)).error == 0
                 assert await listed(daemon) == {}
-                await soon(snapshot(daemon, "bad", "--name", "one"))
+                await soon(snapshot(daemon, "bad", name="one"))
                 await guest.write(0, b"\xaa" * 4096)
                 assert await read_export(daemon, "bad@one") == b"\xee" * 4096 + OLD[4096:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -52,7 +53,7 @@ def scene(short_tmp: Path) -> Iterator[Scene]:
     for disk in disks:
         disk.write_bytes(OLD)
     with file_system(short_tmp / "temp", 64 * MiB) as temp:
-        options = ("--drain-timeout", "2", "--temp-dir", temp.path)
+        options = ("--drain-timeout", "1", "--temp-dir", temp.path)
         with serving(short_tmp, *options, *disks, disks=3) as daemon:
             yield Scene(daemon, temp)
 
@@ -82,12 +83,24 @@ KINDS = {
 }
 
 
+def forget_cached(folder: Path) -> None:
+    """Let the kernel drop what it has cached of the images."""
+    for path in folder.rglob("*.raw"):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
 @pytest.mark.parametrize("ranges", KINDS.values(), ids=KINDS.keys())
 async def test_only_writes_that_need_a_copy_wait(
-    scene: Scene, ranges: list[tuple[int, int]]
+    scene: Scene, ranges: list[tuple[int, int]], *, cached: bool
 ) -> None:
     daemon = scene.daemon
-    await snapshot(daemon, "vda", "vdb", "--name", "one")
+    await snapshot(daemon, "vda", "vdb", name="one")
     async with (
         client(daemon, "vda") as guest,
         client(daemon, "vda") as same,
@@ -98,6 +111,8 @@ async def test_only_writes_that_need_a_copy_wait(
     ):
         await guest.write(0, b"\xaa" * MiB)  # saved
         await other.write(0, b"\xaa" * MiB)
+        if not cached:
+            forget_cached(daemon.folder)
         async with stuck(scene, guest, ranges) as waiting:
             at = ranges[0][0]
             for one in (same, guest):  # also on the connection whose writes wait
@@ -142,7 +157,7 @@ async def test_a_second_write_to_the_same_place_waits_too_and_comes_out_right(
     scene: Scene,
 ) -> None:
     daemon = scene.daemon
-    await snapshot(daemon, "vda", "--name", "one")
+    await snapshot(daemon, "vda", name="one")
     async with client(daemon, "vda") as one, client(daemon, "vda") as two:
         async with stuck(scene, one, [(8 * MiB, 4096)]):
             late = await two.submit(c.NBD_CMD_WRITE_ZEROES, 8 * MiB + 100, 1000)
@@ -161,8 +176,7 @@ async def test_a_second_write_to_the_same_place_waits_too_and_comes_out_right(
 async def test_after_the_timeout_the_policy_decides(scene: Scene, policy: str, length: int) -> None:
     """T-C3, T-C4, T-C6: and what goes on in the background is no harm afterwards."""
     daemon = scene.daemon
-    options = ("--timeout", "0.5", "--on-error", policy)
-    await snapshot(daemon, "vda", "--name", "one", *options)
+    await snapshot(daemon, "vda", name="one", timeout=0.5, on_error=policy)
     async with client(daemon, "vda") as guest, client(daemon, "vda@one") as reader:
         await guest.write(0, b"\xaa" * MiB)
         at = 8 * MiB
@@ -204,7 +218,7 @@ async def test_guests_that_write_at_random_while_it_hangs_and_goes_on(
 ) -> None:
     """Frozen and thawed again and again, under several guests: nothing is lost or mixed up."""
     daemon = scene.daemon
-    await snapshot(daemon, "vda", "--name", "one")
+    await snapshot(daemon, "vda", name="one")
     models = [bytearray(OLD[at : at + 4 * MiB]) for at in range(0, SIZE, 4 * MiB)]
     stop = asyncio.Event()
 
@@ -232,7 +246,7 @@ async def test_guests_that_write_at_random_while_it_hangs_and_goes_on(
 async def test_a_stop_is_bounded(scene: Scene) -> None:
     """It ends by force; the thread in the kernel goes when the kernel lets it."""
     daemon = scene.daemon
-    await snapshot(daemon, "vda", "--name", "one")
+    await snapshot(daemon, "vda", name="one")
     async with client(daemon, "vda") as guest, stuck(scene, guest, [(8 * MiB, 4096)]) as waiting:
         daemon.process.terminate()
         await eventually(lambda: "stopped by force" in daemon.errors(), 12)

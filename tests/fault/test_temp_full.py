@@ -52,14 +52,14 @@ def scene(short_tmp: Path) -> Iterator[Scene]:
 
 async def test_break_snapshot_lets_the_guest_go_on(scene: Scene) -> None:
     daemon = scene.daemon
-    await snapshot(daemon, "vdb", "--name", "two")
+    await snapshot(daemon, "vdb", name="two")
     async with (
         client(daemon, "vda") as guest,
         client(daemon, "vdb") as other,
         client(daemon, "vdb@two") as other_reader,
     ):
         await other.write(0, NEW)  # saved while there is space
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         async with client(daemon, "vda@one") as reader:
             assert await reader.read(0, 4096) == OLD[:4096]
             for offset in range(0, SIZE, MiB):
@@ -75,7 +75,9 @@ async def test_break_snapshot_lets_the_guest_go_on(scene: Scene) -> None:
                 async with client(daemon, "vda@one", structured=False) as late:
                     assert await soon(late.error_of(c.NBD_CMD_READ, 0, 1)) == c.NBD_EIO
 
-        rows = await listed(daemon)
+        told = await cli(daemon, "snapshot", "list", "--json")
+        assert told.code == 0
+        rows = {row["export"]: row for row in told.json}
         assert rows["vda@one"]["state"] == "broken"
         assert "No space left on device" in rows["vda@one"]["error"]
         shown = await cli(daemon, "snapshot", "show", "vda@one")
@@ -93,7 +95,7 @@ async def test_break_snapshot_lets_the_guest_go_on(scene: Scene) -> None:
         # The space comes back with the deletion, and what is taken then is good.
         assert (await cli(daemon, "snapshot", "delete", "vda@one")).code == 0
         assert (await cli(daemon, "health")).code == 0
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         await guest.write(0, b"\xcc" * 3 * MiB)
         await other.write(MiB, NEW)
         assert await read_export(daemon, "vda@one") == NEW * (SIZE // MiB)
@@ -103,7 +105,7 @@ async def test_break_snapshot_lets_the_guest_go_on(scene: Scene) -> None:
 @pytest.mark.parametrize("piece", [4096, 64 << 10, MiB, 8 * MiB])
 async def test_break_guest_write_keeps_the_snapshot(scene: Scene, piece: int) -> None:
     daemon = scene.daemon
-    await snapshot(daemon, "vda", "--name", "one", "--on-error", "break-guest-write")
+    await snapshot(daemon, "vda", name="one", on_error="break-guest-write")
     model = bytearray(OLD)
     async with client(daemon, "vda") as guest:
         # Fill it up; then go on with the piece under test. Space may be left for a smaller piece.
@@ -146,7 +148,7 @@ async def test_break_guest_write_keeps_the_snapshot(scene: Scene, piece: int) ->
 
 async def free_some(daemon: Daemon) -> None:
     assert (await cli(daemon, "snapshot", "delete", "vda@one")).code == 0
-    await snapshot(daemon, "vda", "--name", "one", "--on-error", "break-guest-write")
+    await snapshot(daemon, "vda", name="one", on_error="break-guest-write")
 
 
 @pytest.mark.parametrize("policy", ["break-snapshot", "break-guest-write"])
@@ -155,11 +157,10 @@ async def test_a_limit_is_of_one_snapshot_alone(short_tmp: Path, policy: str) ->
     disks = [short_tmp / f"{name}.raw" for name in ("vda", "vdb")]
     for disk in disks:
         disk.write_bytes(OLD)
-    limit = ("--temp-limit", "1M", "--on-error", policy)
     with serving(short_tmp, *disks, disks=2) as daemon:
-        await snapshot(daemon, "vda", "vdb", "--name", "older")
-        await snapshot(daemon, "vda", "--name", "small", *limit)
-        await snapshot(daemon, "vda", "--name", "newer")
+        await snapshot(daemon, "vda", "vdb", name="older")
+        await snapshot(daemon, "vda", name="small", temp_limit=MiB, on_error=policy)
+        await snapshot(daemon, "vda", name="newer")
         async with client(daemon, "vda") as guest, client(daemon, "vdb") as other:
             await guest.write(0, NEW)
             error = await guest.error_of(c.NBD_CMD_WRITE, 2 * MiB, MiB, data=NEW)
@@ -190,12 +191,12 @@ async def test_a_limit_is_of_one_snapshot_alone(short_tmp: Path, policy: str) ->
 async def test_a_snapshot_that_cannot_be_made_changes_nothing(scene: Scene) -> None:
     """The file system of the temporary images is so full that there is no place for a new one."""
     daemon = scene.daemon
-    await snapshot(daemon, "vda", "--name", "one", "--on-error", "break-guest-write")
+    await snapshot(daemon, "vda", name="one", on_error="break-guest-write")
     async with client(daemon, "vda") as guest, client(daemon, "vdb") as other:
         with contextlib.suppress(OSError), (scene.temp.path / "ballast").open("wb", 0) as ballast:
             while ballast.write(bytes(64 << 10)):
                 pass
-        assert await soon(guest.error_of(c.NBD_CMD_WRITE, 0, 8, data=b"\1" * 8)) == c.NBD_ENOSPC
+        assert await soon(guest.error_of(c.NBD_CMD_WRITE, 0, MiB, data=NEW)) == c.NBD_ENOSPC
         with contextlib.suppress(OSError):  # no more files either
             for number in itertools.count():
                 (scene.temp.path / f"f{number}").touch()

@@ -56,11 +56,11 @@ async def test_a_guest_reads_back_what_it_wrote_under_snapshots(
     disk.write_bytes(b"\1" * SIZE)
     verify = ("--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--randseed=1")
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "first")
+        await snapshot(daemon, "vda", name="first")
 
         async def snapshots() -> None:
             for number in range(3):
-                await snapshot(daemon, "vda", "--name", f"s{number}")
+                await snapshot(daemon, "vda", name=f"s{number}")
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(snapshots())
@@ -78,7 +78,7 @@ async def test_a_snapshot_is_read_at_random_while_the_guest_writes(
     disk.write_bytes(b"\x11" * SIZE)
     pattern = ("--verify=pattern", "--verify_fatal=1", "--verify_pattern=0x11")
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         one, live = daemon.uri("vda@one"), daemon.uri("vda")
         async with asyncio.TaskGroup() as tasks:
             write = ("--rw=randwrite", "--bs=4k", "--iodepth=16", "--buffer_pattern=0x22")
@@ -100,7 +100,7 @@ async def test_trims_and_writes_mixed(short_tmp: Path, fio: str) -> None:
     disk = short_tmp / "vda.raw"
     disk.write_bytes(b"\1" * SIZE)
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         options = ("--rw=randtrimwrite", "--bs=64k", "--iodepth=8", "--fsync=32")
         numbers = await work(fio, daemon.uri("vda"), short_tmp, *options)
         assert numbers["trim"]["io_bytes"] > 0

@@ -50,7 +50,7 @@ async def test_snapshots_of_different_instants_are_each_right(
     with serving(short_tmp, disk) as daemon:
         async with client(daemon, "vda") as guest:
             for number in range(5):
-                await snapshot(daemon, "vda", "--name", f"s{number}")
+                await snapshot(daemon, "vda", name=f"s{number}")
                 wanted[f"s{number}"] = bytes(content)
                 for offset, length in ((number * 700_001, 300_000), (2 * MiB, 64 * KiB)):
                     data = bytes([100 + number]) * length
@@ -98,7 +98,7 @@ async def test_disks_of_a_group_are_taken_at_one_instant(short_tmp: Path) -> Non
             for lane in range(lanes):
                 tasks.create_task(guest(lane, [a, b, c]))
             for number, order in enumerate(orders):
-                await snapshot(daemon, *order, "--name", f"s{number}")
+                await snapshot(daemon, *order, name=f"s{number}")
             stop.set()
         moved = set()
         for number in range(len(orders)):
@@ -125,7 +125,7 @@ async def test_a_write_that_was_answered_before_is_in_and_one_sent_after_is_not(
             for number in range(1, 6):
                 for guest, offset in ((one, 0), (two, 100_000)):
                     await guest.write(offset, bytes([number]) * 50_000)
-                await snapshot(daemon, "vda", "--name", f"s{number}")
+                await snapshot(daemon, "vda", name=f"s{number}")
             await one.write(0, b"\xff" * MiB)
         for number in range(1, 6):
             found = await read_export(daemon, f"vda@s{number}")
@@ -159,7 +159,7 @@ async def test_a_guest_with_writes_in_flight_notices_nothing(short_tmp: Path) ->
                 lanes = [tasks.create_task(write((one, two)[lane % 2], lane)) for lane in range(64)]
                 for number in range(4):
                     seen = answered
-                    await soon(snapshot(daemon, "vda", "--name", f"s{number}"))
+                    await soon(snapshot(daemon, "vda", name=f"s{number}"))
                     assert answered > seen  # nobody was kept waiting for the command's time
                 for number in (1, 3, 0):
                     done = await soon(cli(daemon, "snapshot", "delete", f"vda@s{number}"))
@@ -186,7 +186,7 @@ async def test_a_qemu_guest_notices_nothing(short_tmp: Path, program: Program) -
         with started(*command, daemon.uri("vda")) as guest:
             taken = 0
             while guest.poll() is None and taken < 6:
-                await snapshot(daemon, "vda", "--name", f"s{taken}")
+                await snapshot(daemon, "vda", name=f"s{taken}")
                 taken += 1
             _, err = await asyncio.to_thread(guest.communicate)
             assert (guest.returncode, err) == (0, b"")

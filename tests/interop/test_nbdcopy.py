@@ -49,7 +49,7 @@ async def test_a_snapshot_is_copied_while_the_guest_writes(
 
     with serving(short_tmp, disk) as daemon:
         async with client(daemon, "vda") as one, client(daemon, "vda") as two:
-            await snapshot(daemon, "vda", "--name", "one")
+            await snapshot(daemon, "vda", name="one")
 
             async def write(guest) -> None:
                 nonlocal written
@@ -75,7 +75,7 @@ async def test_to_a_pipe(short_tmp: Path, program: Program) -> None:
     old = blocks(2 * MiB, 4 * KiB) + bytes(2 * MiB) + blocks(2 * MiB + 1, 4 * KiB)
     disk.write_bytes(old)
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         async with client(daemon, "vda") as guest:
             await guest.write(MiB - 5, b"\xee" * 2 * MiB)
         pipe = await asyncio.create_subprocess_exec(
@@ -145,9 +145,9 @@ async def test_two_copies_of_two_snapshots_at_a_time(short_tmp: Path, program: P
     disk.write_bytes(old)
     with serving(short_tmp, disk) as daemon:
         async with client(daemon, "vda") as guest:
-            await snapshot(daemon, "vda", "--name", "one")
+            await snapshot(daemon, "vda", name="one")
             await guest.write(3 * MiB, b"\xaa" * 5 * MiB)
-            await snapshot(daemon, "vda", "--name", "two")
+            await snapshot(daemon, "vda", name="two")
             await guest.write(MiB, b"\xbb" * 9 * MiB)
         copies = [short_tmp / "one", short_tmp / "two"]
         async with asyncio.TaskGroup() as tasks:

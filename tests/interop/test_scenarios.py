@@ -126,7 +126,7 @@ async def test_reads_that_straddle_saved_and_unsaved(
     old, changes = straddling(size)
     disk.write_bytes(old)
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         live, one = daemon.uri("vda"), daemon.uri("vda@one")
         commands = writes(changes)
         commands[1::3] = [text.replace("write -P 0xfe", "write -z") for text in commands[1::3]]
@@ -180,10 +180,10 @@ async def test_random_reads_during_random_writes_zeroes_and_trims(
     with serving(short_tmp, disk) as daemon:
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            await snapshot(daemon, "vda", "--name", "one")
+            await snapshot(daemon, "vda", name="one")
             for _ in range(3):
                 tasks.create_task(guest(daemon, stop))
-            await snapshot(daemon, "vda", "--name", "two")  # of a moment that only it knows
+            await snapshot(daemon, "vda", name="two")  # of a moment that only it knows
             second = await read_export(daemon, "vda@two")
             async with asyncio.TaskGroup() as readers:
                 for structured in (True, False):
@@ -209,7 +209,7 @@ async def test_sizes_that_are_no_multiple_of_anything(
     old = blocks(size, 1000)
     disk.write_bytes(old)
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         async with client(daemon, "vda") as guest:
             await guest.write(size - 1, b"\xff")
             if size > 1536:
@@ -242,7 +242,7 @@ async def test_the_status_of_the_snapshot_is_that_of_the_instant(
         file.truncate(8 * MiB)  # the second half is a hole
     with serving(short_tmp, disk) as daemon:
         live, one = daemon.uri("vda"), daemon.uri("vda@one")
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         before = await mapped(program, one)
         assert before == [(0, 4 * MiB, 0), (4 * MiB, 4 * MiB, 3)]
         await asyncio.to_thread(
@@ -280,7 +280,7 @@ async def test_a_partial_trim_of_a_snapshot_harms_nobody(short_tmp: Path) -> Non
     disk = short_tmp / "vda.raw"
     disk.write_bytes(b"\1" * MiB)
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one")
+        await snapshot(daemon, "vda", name="one")
         async with client(daemon, "vda@one") as reader, client(daemon, "vda") as guest:
             for offset, length in ((100, 512), (4096, 4096), (0, MiB), (MiB - 1, 1)):
                 assert await soon(reader.error_of(c.NBD_CMD_TRIM, offset, length)) == c.NBD_EPERM
@@ -294,7 +294,7 @@ async def test_a_failing_status_has_one_error_reply(short_tmp: Path) -> None:
     disk = short_tmp / "vda.raw"
     disk.write_bytes(b"\1" * MiB)
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one", "--temp-limit", "4K")
+        await snapshot(daemon, "vda", name="one", temp_limit=4096)
         async with client(daemon, "vda@one") as reader, client(daemon, "vda") as guest:
             assert await reader.status(0, MiB) == [(MiB, 0)]
             await guest.write(0, b"\2" * 8192)
@@ -313,7 +313,7 @@ async def test_a_reader_without_structured_replies_sees_the_broken_snapshot(
     disk = short_tmp / "vda.raw"
     disk.write_bytes(b"\1" * MiB)
     with serving(short_tmp, disk) as daemon:
-        await snapshot(daemon, "vda", "--name", "one", "--temp-limit", "4K")
+        await snapshot(daemon, "vda", name="one", temp_limit=4096)
 
         async def ask(one: NbdClient) -> int:
             return await soon(one.error_of(c.NBD_CMD_READ, MiB - 10, 10))

@@ -71,27 +71,30 @@ async def cli(daemon: Daemon, *args: str | Path) -> Result:
     return await asyncio.to_thread(daemon.run, *args)
 
 
-async def snapshot(daemon: Daemon, *args: str) -> None:
-    """Take a snapshot."""
-    done = await cli(daemon, "snapshot", "create", *args)
-    assert done.code == 0, done.err
+async def ask(daemon: Daemon, command: str, arguments: dict | None = None):
+    """Run a command of the control socket: the same as with the command line, and faster."""
+
+    def work():
+        with Client(str(daemon.control)) as monitor:
+            return monitor.execute(command, arguments)
+
+    return await asyncio.to_thread(work)
+
+
+async def snapshot(daemon: Daemon, *disks: str, name: str, **options: str | int | float) -> None:
+    """Take a snapshot; options as in QMP, with underscores."""
+    more = {option.replace("_", "-"): value for option, value in options.items()}
+    await ask(daemon, "fleece-snapshot-create", {"disks": list(disks), "name": name, **more})
 
 
 async def listed(daemon: Daemon) -> dict[str, dict]:
-    """Return the rows of `snapshot list --json` by export name."""
-    done = await cli(daemon, "snapshot", "list", "--json")
-    assert done.code == 0, done.err
-    return {row["export"]: row for row in done.json}
+    """Return what is known of the snapshots, by the names of their exports."""
+    return {row["export"]: row for row in await ask(daemon, "query-fleece-snapshots")}
 
 
 async def clients(daemon: Daemon) -> list[dict]:
     """Return the clients that the daemon knows, with what each has done."""
-
-    def ask() -> list[dict]:
-        with Client(str(daemon.control)) as monitor:
-            return [dict(row.value) for row in monitor.query("query-fleece-clients")]
-
-    return await asyncio.to_thread(ask)
+    return await ask(daemon, "query-fleece-clients")
 
 
 async def in_flight(daemon: Daemon) -> int:
@@ -200,10 +203,9 @@ async def program_run(
 @contextmanager
 def started(*command: str | Path, **options) -> Iterator[subprocess.Popen[bytes]]:
     """A program in the background, killed at the end if it still runs then."""
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, **options}
-    process = subprocess.Popen(
-        [str(part) for part in command], stdin=subprocess.DEVNULL, env=environment(), **options
-    )
+    none = subprocess.DEVNULL
+    options = {"stdin": none, "stdout": none, "stderr": subprocess.PIPE, **options}
+    process = subprocess.Popen([str(part) for part in command], env=environment(), **options)
     try:
         yield process
     finally:

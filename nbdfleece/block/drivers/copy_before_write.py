@@ -531,7 +531,9 @@ class CopyBeforeWrite(Driver):
             if state == ALL_ZERO:
                 part[:] = bytes(len(part))
             elif state == DONE:
-                await self._target().read(position, part)
+                # What is cached comes at once, also while the target's threads are stuck.
+                if not self._target().read_now(position, part):
+                    await self._target().read(position, part)
                 self._check_readable(position, stop - position, broken_too=False)
             else:
                 stop = await self._read_unsaved(position, part)
@@ -543,11 +545,13 @@ class CopyBeforeWrite(Driver):
         Returns:
             The end of what is right; the rest has been overwritten meanwhile, and is saved.
         """
-        frozen = self._frozen.add(offset, len(view))
-        try:
-            await self._source().read(offset, view)
-        finally:
-            self._frozen.remove(frozen)
+        source = self._source()
+        if not source.read_now(offset, view):
+            frozen = self._frozen.add(offset, len(view))
+            try:
+                await source.read(offset, view)
+            finally:
+                self._frozen.remove(frozen)
         self._check_readable(offset, len(view), broken_too=False)
         return self._unsaved_end(offset, len(view))
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.block.drivers._posix import OpenImage, PosixDriver
+from nbdfleece.datapath.workers import Lane
 
 if TYPE_CHECKING:
     from nbdfleece.base.extent import Extent
@@ -78,7 +79,14 @@ class FileDriver(PosixDriver):
         return self._new_and_sparse
 
     async def allocated_size(self) -> int | None:
-        """Return what the file takes of its file system."""
-        io = self._opened()
-        found = await io.run(lambda: os.fstat(io.fd), "stat", 0, 0)
+        """Return what the file takes of its file system; does not wait behind stuck requests."""
+        fd = self._opened().fd
+        # Not in the lanes of the FileIo: all their threads may be waiting for a stuck disk.
+        lane = Lane(f"stat {self.filename}", 1)
+        try:
+            found = await lane.submit(lambda: os.fstat(fd))
+        except OSError as error:
+            raise IoError.from_os(error, self._where("stat", 0, 0)) from error
+        finally:
+            lane.close()
         return found.st_blocks * 512  # st_blocks counts 512 bytes whatever the file system
