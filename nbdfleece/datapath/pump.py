@@ -193,16 +193,27 @@ class Pump:
     # --- receiving ---------------------------------------------------------------------------
 
     def _on_readable(self) -> None:
-        """Take what the socket has and carry out what is complete."""
+        """Take what the socket has and carry out what is complete.
+
+        # FAST: clients send header and payload of a WRITE in two calls; looking once more for the
+        # second saves a wake-up in three at depth 1; plain form in tests/reference/pump.py
+        """
+        if self._receive():
+            self._work()
+            if self._hungry and not self._in.is_empty() and not self._finishing and self._receive():
+                self._work()
+
+    def _receive(self) -> bool:
+        """Receive once; tell whether there is anything new to work on."""
         try:
             if not self._in.is_full() and self._in.receive(self._sock) == 0:
                 self._received_eof()
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError as error:
             self.abort(f"receive failed: {error.strerror}")
-            return
-        self._work()
+            return False
+        return True
 
     def _received_eof(self) -> None:
         """Carry out what was received whole, then close the socket (P4)."""

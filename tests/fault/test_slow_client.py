@@ -45,8 +45,10 @@ def daemon(short_tmp: Path) -> Iterator[Daemon]:
         yield running
 
 
-async def lazy(daemon: Daemon, export: str, *, structured: bool = True) -> NbdClient:
-    """A client that asks for 64 reads of 1 MiB, and reads no byte of the replies."""
+async def lazy(
+    daemon: Daemon, export: str, *, structured: bool = True, length: int = MiB
+) -> NbdClient:
+    """A client that asks for 64 reads, and reads no byte of the replies."""
     one = await NbdClient.open(str(daemon.socket))
     talk = client_talk.connect(export, structured=structured, contexts=())
     await one.run(talk)
@@ -55,8 +57,8 @@ async def lazy(daemon: Daemon, export: str, *, structured: bool = True) -> NbdCl
             c.NBD_CMD_READ,
             flags=0,
             cookie=number,
-            offset=number * MiB % SIZE,
-            length=MiB,
+            offset=number * length % SIZE,
+            length=length,
         )
         await one.send(header)
     await eventually(lambda: has_begun(daemon))
@@ -127,6 +129,28 @@ async def replies(reader: NbdClient, *, structured: bool) -> dict[int, bytes]:
             assert reply.error == 0
             found[reply.cookie] = bytes(reply.data)
     return found
+
+
+@pytest.mark.parametrize("export", ["vda", "vda@one"])
+@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+async def test_who_does_not_read_costs_little_memory(
+    daemon: Daemon, export: str, *, structured: bool
+) -> None:
+    """Replies of 512 MiB in all are asked for; what the daemon may take under load is 200 MiB."""
+    await snapshot(daemon, "vda", name="one")
+    idle = await lazy(daemon, export, structured=structured, length=8 * MiB)
+    for _ in range(3):
+        await soon(read_export(daemon, "vdb"))
+    peak = peak_memory(daemon)
+    await idle.close()
+    assert peak < 200 * MiB
+
+
+def peak_memory(daemon: Daemon) -> int:
+    """Return the most bytes that the daemon has ever held at a time."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    (peak,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+    return peak * KiB
 
 
 async def test_a_snapshot_with_a_reader_that_stands_still_is_deleted_by_force(

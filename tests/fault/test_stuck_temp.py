@@ -255,3 +255,26 @@ async def test_a_stop_is_bounded(scene: Scene) -> None:
         assert await asyncio.to_thread(daemon.process.wait, 10) == 1
         with pytest.raises((OSError, EOFError)):
             await soon(waiting[0])
+
+
+async def test_a_deletion_that_waits_for_a_stuck_copy_does_not_stop_the_guest(
+    scene: Scene,
+) -> None:
+    """It ends, one way or the other; until then the guest goes on, but for moments."""
+    daemon = scene.daemon
+    await snapshot(daemon, "vda", name="one")
+    async with client(daemon, "vda") as guest, client(daemon, "vda") as same:
+        await same.write(0, b"\xaa" * 4096)
+        async with stuck(scene, guest, [(8 * MiB, 4096)]) as waiting:
+            delete = ("snapshot", "delete", "--force", "vda@one")
+            running = asyncio.create_task(cli(daemon, *delete))
+            while not running.done():
+                await soon(same.read(8 * MiB, 4096), 3)
+                await soon(same.write(0, b"\xbb" * 4096), 3)
+            assert running.result().err.count("\n") <= 1
+            scene.temp.thaw()
+            assert (await soon(waiting[0])).error in (0, c.NBD_EIO)
+        rows = await listed(daemon)
+        if "vda@one" in rows:  # it could not be deleted: then it is good
+            assert rows["vda@one"]["state"] == "ok"
+            assert await read_export(daemon, "vda@one") == OLD
