@@ -1,9 +1,9 @@
 """System calls on one open file: at once when they cannot block, in threads when they may.
 
-Two lanes per file. Buffered writes go through one thread in order of submission: they are memory
-copies, and one thread that stays awake does a burst of them faster than many that wake each other.
-Everything that waits for a disk (reads that miss the page cache, syncs, holes) has up to
-FILE_THREADS threads.
+Three lanes per file. Small buffered writes go through one thread in order of submission: they are
+memory copies, and one thread that stays awake does a burst of them faster than many that wake each
+other. What waits for a disk has up to FILE_THREADS threads for reads and as many for changes: when
+writes are stuck, reads go on.
 
 Invariants
   F1  `read_now` never blocks: it reads with RWF_NOWAIT and gives up where the kernel would wait.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent
@@ -39,8 +39,22 @@ _SMALL_WRITE: Final = 128 * 1024  # larger writes gain more from a second core t
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
-Save = tuple[int, bytes | bytearray | int, bytearray, int, int]
+Save = tuple[int, bytearray | int, bytearray, int, int]
 """Old data to save: (offset, the old bytes or how many to read, state page, first, last)."""
+
+
+class SaveStates(NamedTuple):
+    """What `save_then_write` does to the states of clusters.
+
+    Attributes:
+        cluster: Bytes per state.
+        done: For clusters that are in the target.
+        zero: For clusters of zeroes, which are not written; None: they are, as any other.
+    """
+
+    cluster: int
+    done: int
+    zero: int | None
 
 
 class SaveError(Exception):
@@ -64,20 +78,30 @@ class FileIo:
         readable_now: Reads may be tried with RWF_NOWAIT (not so with O_DIRECT).
     """
 
-    __slots__ = ("_blocking", "_data_end", "_data_start", "_serial", "fd", "name", "readable_now")
+    __slots__ = (
+        "_data_end",
+        "_data_start",
+        "_reads",
+        "_serial",
+        "_writes",
+        "fd",
+        "name",
+        "readable_now",
+    )
 
     def __init__(self, fd: int, name: str, *, readable_now: bool = True) -> None:
         self.fd = fd
         self.name = name
         self.readable_now = readable_now
-        self._serial = Lane(f"{name} writes", 1)
-        self._blocking = Lane(name, FILE_THREADS)
+        self._serial = Lane(f"{name} small writes", 1)
+        self._writes = Lane(f"{name} writes", FILE_THREADS)
+        self._reads = Lane(f"{name} reads", FILE_THREADS)
         self._data_start = self._data_end = 0  # a range known to be allocated data
 
     def close(self) -> None:
         """Let the threads go. Calls under way run to their end."""
-        self._serial.close()
-        self._blocking.close()
+        for lane in (self._serial, self._writes, self._reads):
+            lane.close()
 
     def read_now(self, offset: int, view: memoryview) -> bool:
         """Fill `view` from the page cache; False when that needs waiting, or fails."""
@@ -101,23 +125,23 @@ class FileIo:
         fd = self.fd
         try:
             if fua:
-                await self._blocking.submit(lambda: _write_all(fd, offset, data, os.RWF_DSYNC))
+                await self._writes.submit(lambda: _write_all(fd, offset, data, os.RWF_DSYNC))
             elif len(data) <= _SMALL_WRITE:
                 await self._serial.submit(lambda: _write_all(fd, offset, data, 0))
             else:
-                await self._blocking.submit(lambda: _write_all(fd, offset, data, 0))
+                await self._writes.submit(lambda: _write_all(fd, offset, data, 0))
         except OSError as error:
             raise self._error(error, "write", offset, len(data)) from error
 
     async def save_then_write(
-        self, target: FileIo, saves: list[Save], done: int, offset: int, data: memoryview
+        self, target: FileIo, saves: list[Save], states: SaveStates, offset: int, data: memoryview
     ) -> None:
-        """Copy old data to `target`, set its states to `done`, then write `data` here: one hop.
+        """Copy old data to `target`, set its states, then write `data` here: one hop.
 
         Args:
             target: Where old data goes, at its own offset.
             saves: What to save; states are set as soon as their old data is in `target`.
-            done: The state to set.
+            states: What to set.
             offset: Where `data` goes.
             data: The new data.
 
@@ -128,16 +152,16 @@ class FileIo:
         # In the lane of the target: when it is stuck, writes here that need no copy must go on. And
         # reads that wait for the disk must not queue up behind each other.
         cached = all(not isinstance(old, int) for _, old, _, _, _ in saves)
-        lane = target._serial if cached and len(data) <= _SMALL_WRITE else target._blocking
+        lane = target._serial if cached and len(data) <= _SMALL_WRITE else target._writes
         fd, target_fd = self.fd, target.fd
         try:
-            await lane.submit(lambda: _save_then_write(fd, target_fd, saves, done, offset, data))
+            await lane.submit(lambda: _save_then_write(fd, target_fd, saves, states, offset, data))
         except OSError as error:
             raise self._error(error, "write", offset, len(data)) from error
 
     async def sync(self) -> None:
         """Return when all that was written before is on stable storage (fdatasync)."""
-        await self.run(lambda: os.fdatasync(self.fd), "flush", 0, 0)
+        await self.change(lambda: os.fdatasync(self.fd), "flush", 0, 0)
 
     async def punch_hole(self, offset: int, length: int) -> None:
         """Give the range's space back; it reads as zeroes.
@@ -146,7 +170,7 @@ class FileIo:
             IoError: ENOTSUP where the file system cannot.
         """
         self._forget_data()
-        await self.run(
+        await self.change(
             lambda: _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length),
             "punch hole",
             offset,
@@ -161,7 +185,7 @@ class FileIo:
             IoError: ENOTSUP where the file system cannot.
         """
         self._forget_data()
-        await self.run(
+        await self.change(
             lambda: _fallocate(self.fd, _ZERO_RANGE | _KEEP_SIZE, offset, length),
             "zero range",
             offset,
@@ -186,13 +210,22 @@ class FileIo:
         return extents
 
     async def run(self, call: Callable[[], T], verb: str, offset: int, length: int) -> T:
-        """Run a system call that may block, in a thread.
+        """Run a system call that may block and changes nothing, in a thread.
 
         Raises:
             IoError: What the call raised, said as `verb` of the range.
         """
+        return await self._in_lane(self._reads, call, verb, offset, length)
+
+    async def change(self, call: Callable[[], T], verb: str, offset: int, length: int) -> T:
+        """As `run`, for a call that changes the file."""
+        return await self._in_lane(self._writes, call, verb, offset, length)
+
+    async def _in_lane(
+        self, lane: Lane, call: Callable[[], T], verb: str, offset: int, length: int
+    ) -> T:
         try:
-            return await self._blocking.submit(call)
+            return await lane.submit(call)
         except OSError as error:
             raise self._error(error, verb, offset, length) from error
 
@@ -225,22 +258,49 @@ def _write_all(fd: int, offset: int, data: bytes | bytearray | memoryview, flags
 
 
 def _save_then_write(
-    fd: int, target_fd: int, saves: list[Save], done: int, offset: int, data: memoryview
+    fd: int, target_fd: int, saves: list[Save], states: SaveStates, offset: int, data: memoryview
 ) -> None:
     try:
         for at, old, page, first, last in saves:
             if isinstance(old, int):
                 saved = bytearray(old)
                 _read_all(fd, at, memoryview(saved))
-                _write_all(target_fd, at, saved, 0)
             else:
-                _write_all(target_fd, at, old, 0)
-            # Before the new data, and behind the old: a reader that sees another state than
-            # `done` after it has read from here has read old data.
-            page[first:last] = bytes((done,)) * (last - first)
+                saved = old
+            _save(target_fd, at, saved, page, first, last, states)
     except OSError as error:
         raise SaveError(error) from error
     _write_all(fd, offset, data, 0)
+
+
+def _save(
+    fd: int, at: int, old: bytearray, page: bytearray, first: int, last: int, states: SaveStates
+) -> None:
+    """Write the clusters of `old` that are not zero, and set the states of all, run by run."""
+    cluster, start = states.cluster, 0
+    zeroes = bytes(cluster) if states.zero is not None else None
+    while first < last:
+        stop, index = start, first
+        is_zero = _is_zero(old, start, cluster, zeroes)
+        while index < last and _is_zero(old, stop, cluster, zeroes) == is_zero:
+            stop, index = stop + cluster, index + 1
+        state = states.done
+        if is_zero and states.zero is not None:
+            state = states.zero
+        else:
+            _write_all(fd, at + start, memoryview(old)[start:stop], 0)
+        # Before the new data, and behind the old: a reader that sees the state from before after
+        # it has read from the source has read old data.
+        page[first:index] = bytes((state,)) * (index - first)
+        start, first = stop, index
+
+
+def _is_zero(old: bytearray, start: int, cluster: int, zeroes: bytes | None) -> bool:
+    # The first byte decides nearly always; the slice is a copy.
+    if zeroes is None or old[start]:
+        return False
+    part = old[start : start + cluster]
+    return part == zeroes[: len(part)]
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:

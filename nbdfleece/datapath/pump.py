@@ -45,7 +45,7 @@ from nbdfleece.base.units import KiB, MiB
 from nbdfleece.datapath.inbox import CAPACITY as INBOX_CAPACITY
 from nbdfleece.datapath.inbox import Inbox
 from nbdfleece.datapath.outbox import SEND_AT, Outbox
-from nbdfleece.datapath.step import Step
+from nbdfleece.datapath.step import Step, let_others_run
 from nbdfleece.datapath.workers import completions
 from nbdfleece.protocol.nbd import wire
 from nbdfleece.protocol.nbd.constants import (
@@ -292,11 +292,13 @@ class Pump:
                     self.requests += 1
                     self._read_piece(cookie, offset, length, done=True)
                     budget -= length
+                elif not self._out.has_room(_PIECE_OVERHEAD):  # what waits to be sent is bounded
+                    return
                 elif not self._begin_other((flags, command, cookie, offset, length)):
                     self._hungry = True
                     return
                 else:
-                    budget -= 4 * KiB
+                    budget -= length if command == NBD_CMD_READ else 4 * KiB
             if budget < 0:
                 self._plan_turn()
                 return
@@ -459,7 +461,13 @@ class Pump:
         structured = self._structured
         header = _DATA_CHUNK_SIZE if structured else _SIMPLE_SIZE
         buffer = bytearray(header + piece)
-        await self.route.io.read(offset, memoryview(buffer)[header:])
+        view = memoryview(buffer)[header:]
+        for start in range(0, piece, READ_PIECE):
+            part = view[start : start + READ_PIECE]
+            if piece == len(part) or not self.route.read_now(offset + start, part):
+                await self.route.io.read(offset + start, part)
+            elif start % _TURN_BYTES == 0:
+                await let_others_run()
         self.bytes_read += piece
         if not structured:
             wire.SIMPLE_REPLY.pack_into(buffer, 0, NBD_SIMPLE_REPLY_MAGIC, 0, cookie)

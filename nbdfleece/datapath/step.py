@@ -16,7 +16,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Generator
 
 T = TypeVar("T")
 
@@ -57,6 +57,18 @@ class Step(Generic[T]):
         else:
             awaited._asyncio_future_blocking = False  # noqa: SLF001 - what asyncio's Task does
             awaited.add_done_callback(self.resume)
+
+
+class _Turn:
+    """What `let_others_run` awaits: a bare yield, which `Step.resume` knows."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+async def let_others_run() -> None:
+    """Suspend a stepped coroutine for one turn of the event loop."""
+    await _Turn()
 
 
 def background(coroutine: Coroutine[object, None, T]) -> asyncio.Future[T]:

@@ -15,10 +15,12 @@ import pytest
 from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent
 from nbdfleece.datapath import fileio
-from nbdfleece.datapath.fileio import FileIo, Save, SaveError
+from nbdfleece.datapath.fileio import FileIo, Save, SaveError, SaveStates
 from tests.reference.fileio import FileIo as PlainFileIo
 
 KiB = 1024
+
+STATES = SaveStates(4096, 2, None)
 
 
 class OpenFile:
@@ -312,11 +314,12 @@ async def test_old_data_is_saved_and_marked_before_the_write(
     target = OpenFile(tmp_path / "target", 1024 * KiB)
     page = bytearray(b"\1" * 10)
     saves: list[Save] = [
-        (8192, before[8192:12288], page, 2, 3),  # read already
+        (8192, bytearray(before[8192:12288]), page, 2, 3),  # read already
         (12288, 4096, page, 3, 4),  # to be read
     ]
 
-    await opened.io.save_then_write(target.io, saves, 7, 10_000, memoryview(b"n" * 5000))
+    states = SaveStates(4096, 7, None)
+    await opened.io.save_then_write(target.io, saves, states, 10_000, memoryview(b"n" * 5000))
 
     assert target.content()[8192:16384] == before[8192:16384]
     assert target.content()[:8192] == bytes(8192)
@@ -336,7 +339,7 @@ async def test_a_failed_save_leaves_the_rest_of_the_states_and_the_file(
     saves: list[Save] = [(0, 4096, page, 0, 1)]
 
     with pytest.raises(SaveError) as caught:
-        await opened.io.save_then_write(target, saves, 2, 0, memoryview(b"new"))
+        await opened.io.save_then_write(target, saves, STATES, 0, memoryview(b"new"))
 
     assert caught.value.error.errno == errno.EBADF
     assert page == b"\1\1"
@@ -355,7 +358,7 @@ async def test_a_failed_write_behind_good_saves_is_an_io_error(
     saves: list[Save] = [(0, 4096, page, 0, 1)]
 
     with pytest.raises(IoError) as caught:
-        await source.save_then_write(target.io, saves, 2, 0, memoryview(b"new"))
+        await source.save_then_write(target.io, saves, STATES, 0, memoryview(b"new"))
 
     assert caught.value.errno == errno.EBADF
     assert page == b"\2\1"
@@ -365,30 +368,42 @@ async def test_a_failed_write_behind_good_saves_is_an_io_error(
 
 
 @pytest.mark.parametrize("io_class", [FileIo, PlainFileIo], ids=["fileio", "plain"])
+@pytest.mark.parametrize("zero", [None, 3], ids=["zeroes-too", "no-zeroes"])
 async def test_saving_gives_the_same_files_as_the_plain_twin(
-    io_class: type[FileIo] | type[PlainFileIo], tmp_path: Path, seed: int
+    io_class: type[FileIo] | type[PlainFileIo], zero: int | None, tmp_path: Path, seed: int
 ) -> None:
+    """Runs of clusters, some of them zero, the last one short."""
     rng = random.Random(seed)
-    before = rng.randbytes(64 * KiB)
+    size = 63 * KiB + 100
+    before = bytearray(rng.randbytes(size))
+    for index in rng.sample(range(16), 7):
+        before[index * 4096 : (index + 1) * 4096] = bytes(len(before[index * 4096 :][:4096]))
     (tmp_path / "source").write_bytes(before)
-    (tmp_path / "target").write_bytes(bytes(64 * KiB))
+    (tmp_path / "target").write_bytes(b"t" * size)
     fds = [os.open(tmp_path / name, os.O_RDWR) for name in ("source", "target")]
     ios = [io_class(fd, "x") for fd in fds]
     page = bytearray(16)
     current = bytearray(before)
-    for index in rng.sample(range(16), 8):
-        old: bytes | int = before[index * 4096 : (index + 1) * 4096]
-        saves: list[Save] = [(index * 4096, rng.choice([old, 4096]), page, index, index + 1)]
+    states = SaveStates(4096, 1, zero)
+    for first, last in ((0, 1), (2, 7), (7, 8), (10, 16)):
+        old = before[first * 4096 : last * 4096]
+        saves: list[Save] = [(first * 4096, rng.choice([old, len(old)]), page, first, last)]
         new = rng.randbytes(100)
-        at = index * 4096 + rng.randrange(3000)
-        await ios[0].save_then_write(ios[1], saves, 1, at, memoryview(new))  # type: ignore[arg-type]
+        at = first * 4096 + rng.randrange(3000)
+        await ios[0].save_then_write(ios[1], saves, states, at, memoryview(new))  # type: ignore[arg-type]
         current[at : at + 100] = new
 
     target = (tmp_path / "target").read_bytes()
     assert (tmp_path / "source").read_bytes() == current
     for index in range(16):
         piece = slice(index * 4096, (index + 1) * 4096)
-        assert target[piece] == (before[piece] if page[index] else bytes(4096))
+        is_zero = not any(before[piece])
+        if index in (1, 8, 9):
+            assert page[index] == 0
+        else:
+            assert page[index] == (zero if is_zero and zero is not None else 1)
+        saved = page[index] == 1
+        assert target[piece] == (before[piece] if saved else b"t" * len(before[piece]))
     for io, fd in zip(ios, fds, strict=True):
         if isinstance(io, FileIo):
             io.close()

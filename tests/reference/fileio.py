@@ -8,6 +8,7 @@ import os
 
 from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent, merge
+from nbdfleece.datapath.fileio import SaveStates
 
 
 class FileIo:
@@ -35,16 +36,21 @@ class FileIo:
     async def save_then_write(
         self,
         target: FileIo,
-        saves: list[tuple[int, bytes | bytearray | int, bytearray, int, int]],
-        done: int,
+        saves: list[tuple[int, bytearray | int, bytearray, int, int]],
+        states: SaveStates,
         offset: int,
         data: memoryview,
     ) -> None:
         for at, old, page, first, last in saves:
             saved = os.pread(self.fd, old, at) if isinstance(old, int) else old
-            await target.write(at, memoryview(saved), fua=False)
             for index in range(first, last):
-                page[index] = done
+                start = (index - first) * states.cluster
+                cluster = saved[start : start + states.cluster]
+                if states.zero is not None and not any(cluster):
+                    page[index] = states.zero
+                else:
+                    await target.write(at + start, memoryview(cluster), fua=False)
+                    page[index] = states.done
         await self.write(offset, data, fua=False)
 
     async def sync(self) -> None:

@@ -77,7 +77,7 @@ class DirectFile:
         key = self._writing.add(first, length)  # no await since the look
         flags = os.RWF_DSYNC if fua else 0
         try:
-            await self._buffered.run(
+            await self._buffered.change(
                 lambda: _write(fd, buffered_fd, alignment, offset, data, flags),
                 "write",
                 offset,

@@ -54,7 +54,7 @@ from nbdfleece.base.units import align_up, ceil_div, is_power_of_2
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.driver import Driver
 from nbdfleece.block.ranges import RangeList
-from nbdfleece.datapath.fileio import FileIo, Save, SaveError
+from nbdfleece.datapath.fileio import FileIo, Save, SaveError, SaveStates
 from nbdfleece.datapath.states import StateMap
 from nbdfleece.datapath.step import background
 
@@ -126,6 +126,7 @@ class CopyBeforeWrite(Driver):
         self._frozen = RangeList()
         self._moved_waiters: list[asyncio.Future[None]] = []
         self._zero_is_free = False  # `target` reads as zeroes where nothing was written
+        self._save_states = SaveStates(1, DONE, None)
 
     # --- life ------------------------------------------------------------------------------
 
@@ -144,6 +145,8 @@ class CopyBeforeWrite(Driver):
         self._cluster = max(MIN_CLUSTER, self._min_cluster_size, target.driver.cluster_size())
         self._zero_is_free = target.driver.reads_zero_when_new()
         self._states = StateMap(ceil_div(source.size, self._cluster))
+        zero = ALL_ZERO if self._zero_is_free else None
+        self._save_states = SaveStates(self._cluster, DONE, zero)
         if self._bitmap is not None:
             self._sample(self._bitmap, source.size)
             self._bitmap = None
@@ -279,7 +282,7 @@ class CopyBeforeWrite(Driver):
             self._give_way(error)
             return False
         try:
-            await source_file.save_then_write(target_file, saves, DONE, offset, data)
+            await source_file.save_then_write(target_file, saves, self._save_states, offset, data)
         except SaveError as error:
             self.saved_bytes -= self._unclaim(claims)
             self._give_way(
@@ -290,6 +293,7 @@ class CopyBeforeWrite(Driver):
             return False
         finally:
             self._wake_moved()
+            self._give_back_zeroes(saves)
         return True
 
     def _plan_saves(self, claims: list[tuple[int, int]], source_file: FileIo) -> list[Save] | None:
@@ -456,6 +460,16 @@ class CopyBeforeWrite(Driver):
     def _settle(self, offset: int, end: int, state: int) -> None:
         self._states.fill(offset // self._cluster, ceil_div(end, self._cluster), state)
         self._wake_moved()
+
+    def _give_back_zeroes(self, saves: list[Save]) -> None:
+        """Take out of the account what turned out to be zeroes, when there is an account."""
+        if not self._zero_is_free:
+            return
+        for offset, old, _, _, _ in saves:
+            length = old if isinstance(old, int) else len(old)
+            for first, last, state in self._states.runs(*self._clusters(offset, length)):
+                if state == ALL_ZERO:
+                    self.saved_bytes -= self._bytes(first, last)[1]
 
     def _unclaim(self, claims: list[tuple[int, int]]) -> int:
         """Give back what is still MOVING of a copier's own claims; return how many bytes."""

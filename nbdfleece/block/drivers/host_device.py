@@ -89,4 +89,4 @@ class HostDeviceDriver(PosixDriver):
         io = self._opened()
         verb = "discard" if request == _BLKDISCARD else "zero out"
         argument = _RANGE.pack(first, last - first)
-        await io.run(lambda: fcntl.ioctl(io.fd, request, argument), verb, first, last - first)
+        await io.change(lambda: fcntl.ioctl(io.fd, request, argument), verb, first, last - first)
