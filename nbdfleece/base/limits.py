@@ -51,7 +51,8 @@ COPY_PIECE: Final = 1 * MiB  # bytes of old data copied at once
 MAX_COPIES_IN_FLIGHT: Final = 64  # pieces per copy-before-write node
 MAX_SIZE: Final = (1 << 63) - 1  # of a node: sizes from 2^63 break clients (CVE-2023-5215)
 
-QUIET_TIMEOUT_S: Final = 10.0  # a graph change waits so long for requests to end, or is refused
+QUIET_TIMEOUT_S: Final = 10.0  # work on files, or requests of a hard removal, may take so long
+QUIET_MOMENTS_S: Final = (0.2, 0.4, 0.8, 1.6, 2.0)  # a graph change stops guests so long per try
 
 # --- QMP -------------------------------------------------------------------------------------
 MAX_QMP_MESSAGE: Final = 16 * MiB  # bytes of one request

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
-from nbdfleece.fleece.change import quiet, remove_export
+from nbdfleece.fleece.change import in_time, quiet, remove_export
 from nbdfleece.fleece.disk import Disk, identity, make_driver
 from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotNotFound
 from nbdfleece.fleece.location import check_snapshot_name, is_block_device
@@ -221,7 +221,8 @@ class Fleece:
             try:
                 for disk in group:
                     made.append(Snapshot(disk.name, name, options))
-                    await made[-1].prepare(self._graph, self._state, disk.top)
+                    async with in_time(f"making the files of snapshot {disk.name}@{name}"):
+                        await made[-1].prepare(self._graph, self._state, disk.top)
                 await self._take_instant(group, made)
                 for snapshot in made:
                     await snapshot.expose(self._graph, self._exports)
@@ -279,7 +280,8 @@ class Fleece:
         for snapshot in reversed(made):
             try:
                 await snapshot.hide(self._graph, self._exports, RemoveMode.HARD)
-                await snapshot.take_apart(self._graph)
+                async with in_time(f"removing snapshot {snapshot.export_name}"):
+                    await snapshot.take_apart(self._graph)
             except CommandError as error:
                 _log.error("snapshot %s: %s", snapshot.export_name, error)
 

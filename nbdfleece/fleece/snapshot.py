@@ -175,9 +175,7 @@ class Snapshot:
         Raises:
             CommandError: It cannot be; `take_apart` is due.
         """
-        self._files = await asyncio.to_thread(
-            state.make_snapshot, self.disk, self.name, top.size, self.meta()
-        )
+        self._files = await self._make_files(state, top.size)
         self._temp = await graph.add(
             None,
             FileDriver(
@@ -196,6 +194,22 @@ class Snapshot:
             read_only=top.read_only,
             discard_enabled=True,
         )
+
+    async def _make_files(self, state: StateFolder, size: int) -> SnapshotFiles:
+        """Make the files; nobody is left with any when this is cancelled while the disk hangs."""
+        wanted = [True]
+
+        def make() -> SnapshotFiles:
+            files = state.make_snapshot(self.disk, self.name, size, self.meta())
+            if not wanted:
+                remove_files(files)
+            return files
+
+        try:
+            return await asyncio.to_thread(make)
+        except asyncio.CancelledError:
+            wanted.clear()
+            raise
 
     def engage(self, graph: Graph, instant: str) -> None:
         """Take the instant: put the filter into the guest's path. The top is drained by the caller.

@@ -278,3 +278,21 @@ async def test_a_deletion_that_waits_for_a_stuck_copy_does_not_stop_the_guest(
         if "vda@one" in rows:  # it could not be deleted: then it is good
             assert rows["vda@one"]["state"] == "ok"
             assert await read_export(daemon, "vda@one") == OLD
+
+
+async def test_creating_a_snapshot_where_files_hang_is_refused_and_leaves_nothing(
+    scene: Scene,
+) -> None:
+    """The files of a snapshot are made on a frozen file system: an error, in bounded time."""
+    daemon = scene.daemon
+    async with client(daemon, "vda") as guest:
+        with scene.temp.frozen():
+            done = await soon(cli(daemon, "snapshot", "create", "vda", "--name", "one"), 30)
+            assert done.code == 1
+            assert "no answer within" in done.err
+            await soon(guest.write(0, b"\xcc" * 4096))
+            scene.temp.thaw()
+        await eventually(lambda: not list(daemon.state.glob("vda/snapshots/one")))
+        assert await listed(daemon) == {}
+        await soon(snapshot(daemon, "vda", name="one"))
+        assert (await read_export(daemon, "vda@one"))[:4096] == b"\xcc" * 4096
