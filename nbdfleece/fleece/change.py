@@ -41,9 +41,9 @@ async def remove_export(exports: Exports, export: Export, mode: RemoveMode) -> N
 async def quiet(*nodes: Node) -> AsyncIterator[None]:
     """Hold a drained section, unless it takes too long to get into it.
 
-    While it waits for requests to end, nothing new begins: so it waits for moments only, each longer
-    than the one before, and lets the guests go on in between. A stuck request stops nobody else for
-    longer than a moment.
+    While it waits for requests to end, nothing new begins: so it waits for moments only, each
+    longer than the one before, and lets the guests go on in between. A stuck request stops nobody
+    else for longer than a moment.
 
     Raises:
         CommandError: The requests on the nodes do not end; everything goes on as before.
