@@ -63,6 +63,7 @@ from nbdfleece.protocol.nbd.constants import (
     NBD_CMD_WRITE,
     NBD_CMD_WRITE_ZEROES,
     NBD_EIO,
+    NBD_FLAG_READ_ONLY,
     NBD_REPLY_FLAG_DONE,
     NBD_REPLY_TYPE_OFFSET_DATA,
     NBD_REQUEST_MAGIC,
@@ -230,7 +231,8 @@ class Pump:
         self._begin_requests()
         self._completions.end_turn()
         self._working = False
-        self._out.flush()
+        if not self._out.is_empty():
+            self._out.flush()
         self._update_reader()
         if self._finishing:
             self._close_when_done()
@@ -292,6 +294,21 @@ class Pump:
                     self.requests += 1
                     self._read_piece(cookie, offset, length, done=True)
                     budget -= length
+                elif (
+                    command == NBD_CMD_WRITE
+                    and not flags
+                    and 0 < length <= inbox.tail - head - _HEADER
+                    and offset + length <= route.size
+                    and not route.flags & NBD_FLAG_READ_ONLY
+                ):
+                    # The usual short WRITE, all here. Its payload is copied: the inbox is used
+                    # again before the write is over.
+                    start = head + _HEADER
+                    inbox.head = start + length
+                    self.requests += 1
+                    data = memoryview(bytes(inbox.view[start : start + length]))
+                    self._begin_write((flags, command, cookie, offset, length), data)
+                    budget -= 4 * KiB
                 elif not self._out.has_room(_PIECE_OVERHEAD):  # what waits to be sent is bounded
                     return
                 elif not self._begin_other((flags, command, cookie, offset, length)):
@@ -338,8 +355,7 @@ class Pump:
             self.abort(f"write of {length} bytes")
             return False
         start = inbox.head + _HEADER
-        if not error and inbox.tail - start >= length:
-            # Copied: the inbox is used again before the write is over.
+        if not error and inbox.tail - start >= length:  # with flags; others do not come here
             data = memoryview(bytes(inbox.view[start : start + length]))
             inbox.head = start + length
             self.requests += 1

@@ -264,6 +264,11 @@ class Lane:
             ops = self._queue.get()
             if ops is None:
                 return
+            if len(ops) == 1:
+                ops[0].run()
+                found.post(ops)
+                del ops
+                continue
             finished: list[Op[object]] = []
             began = perf_counter()
             for op in ops:
