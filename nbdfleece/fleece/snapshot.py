@@ -32,6 +32,7 @@ from nbdfleece.fleece.store import SnapshotFiles, StateFolder, remove_files
 from nbdfleece.server.export import Export, ExportOptions
 
 if TYPE_CHECKING:
+    from nbdfleece.base.errors import IoError
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
     from nbdfleece.fleece.store import Value
@@ -107,6 +108,7 @@ class Snapshot:
         self._temp: Node | None = None
         self._access: Node | None = None
         self._export: Export | None = None
+        self.cbw.broken.subscribe(self._refuse_clients)
 
     @property
     def export_name(self) -> str:
@@ -260,6 +262,13 @@ class Snapshot:
             )
         name = self.export_name
         self._export = exports.add(self._access, ExportOptions(name, name, False, self.instant))
+        if self.cbw.error is not None:
+            self._refuse_clients(self.cbw.error)
+
+    def _refuse_clients(self, error: IoError) -> None:
+        """Tell whoever asks for a broken snapshot so, rather than give it errors to read."""
+        if self._export is not None:
+            self._export.refusal = f"the snapshot is broken: {error.public}"
 
     # --- taking apart ----------------------------------------------------------------------------
 

@@ -83,6 +83,7 @@ class Export:
         generation: Tells this export from an earlier one of the same name.
         root: The edge to the node; None before it is attached and after it is detached.
         is_closing: No new connection may use it.
+        refusal: What clients that ask for it are told in place of getting it; empty: they get it.
         holders: Sessions that have chosen it.
         pumps: Connections in transmission; a pump leaves when all of its requests have ended.
     """
@@ -92,6 +93,7 @@ class Export:
         self.generation = generation
         self.root: Child | None = None
         self.is_closing = False
+        self.refusal = ""
         self.holders = 0
         self.pumps: set[Pump] = set()
         self._route: Route | None = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError, InUse, NotFound, OptionRefused
 from nbdfleece.base.limits import MAX_SIZE
 from nbdfleece.base.notify import Notifier
+from nbdfleece.protocol.nbd.constants import NBD_REP_ERR_POLICY
 from nbdfleece.protocol.nbd.strings import decode
 from nbdfleece.server.export import Export, ExportOptions
 
@@ -131,10 +132,16 @@ class Exports:
     # --- the clients' side (protocol.nbd.haggle.Directory) -------------------------------------
 
     def find(self, name: str) -> ExportInfo | None:
-        """Return the export of that name, the default export for "", or None."""
+        """Return the export of that name, the default export for "", or None.
+
+        Raises:
+            OptionRefused: It cannot be opened now; see Export.refusal.
+        """
         export = self._by_name.get(name)
         if export is None and not name and self.default_name is not None:
             export = self._by_name.get(self.default_name)
+        if export is not None and export.refusal:
+            raise OptionRefused(NBD_REP_ERR_POLICY, export.refusal)
         return None if export is None else export.describe()
 
     def list(self) -> list[ExportInfo]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdfleece.base.errors import OptionRefused
 from nbdfleece.block.bitmap import DirtyBitmap
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.protocol.nbd import constants as c
@@ -140,3 +141,12 @@ async def test_a_writable_snapshot_export_takes_no_writes(served: Served) -> Non
     assert await snap.read(0, MIB) == await live.read(0, MIB) == b"a" * MIB
     await snap.disconnect()
     await live.disconnect()
+
+
+async def test_an_export_with_a_refusal_is_listed_and_not_opened(served: Served) -> None:
+    served.exports.get("disk").refusal = "the snapshot is broken: No space left on device"
+    client = await served.open()
+    with pytest.raises(OptionRefused, match="is broken"):
+        await client.connect("disk")
+    await client.close()
+    assert "disk" in [info.name for info in served.exports.list()]
