@@ -26,6 +26,7 @@ from nbdfleece.block.graph import Graph
 from nbdfleece.control.command import Context, addresses, uris
 from nbdfleece.control.events import Events
 from nbdfleece.control.socket import Control
+from nbdfleece.datapath.poller import new_event_loop
 from nbdfleece.fleece.fleece import Fleece
 from nbdfleece.fleece.location import Location, is_block_device, parse_location
 from nbdfleece.fleece.store import StateFolder
@@ -122,7 +123,8 @@ def serve(settings: Settings) -> int:
     _raise_descriptor_limit()
     plan = _plan(settings)
     daemon = Daemon(settings)
-    code = asyncio.run(daemon.run(plan))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        code = runner.run(daemon.run(plan))
     if daemon.failure is not None:
         raise daemon.failure
     return code
