@@ -33,7 +33,7 @@ import os
 import struct
 from typing import Final
 
-from nbdfleece.base.errors import CommandError
+from nbdfleece.base.errors import CommandError, InUse
 from nbdfleece.block import permissions as perms
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class ImageLocks:
             _call(self._fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
         except OSError as error:
             if error.errno in _HELD:
-                raise CommandError(f"Failed to lock byte {byte}\n{self._hint()}") from error
+                raise InUse(f"Failed to lock byte {byte}\n{self._hint()}") from error
             raise CommandError(
                 f"Failed to lock byte {byte} of '{self._filename}': "
                 f"{os.strerror(error.errno or errno.EIO)}"
@@ -126,12 +126,10 @@ class ImageLocks:
         """Ask whether others forbid `perm`, or do what we do not share."""
         for index, bit in enumerate(_BITS):
             if perm & bit and self._is_taken(SHARED_BASE + index):
-                raise CommandError(f'Failed to get "{perms.NAMES[bit]}" lock\n{self._hint()}')
+                raise InUse(f'Failed to get "{perms.NAMES[bit]}" lock\n{self._hint()}')
         for index, bit in enumerate(_BITS):
             if unshared & bit and self._is_taken(PERM_BASE + index):
-                raise CommandError(
-                    f'Failed to get shared "{perms.NAMES[bit]}" lock\n{self._hint()}'
-                )
+                raise InUse(f'Failed to get shared "{perms.NAMES[bit]}" lock\n{self._hint()}')
 
     def _is_taken(self, byte: int) -> bool:
         """Tell whether anybody but us holds a lock on the byte (or nobody can tell)."""
