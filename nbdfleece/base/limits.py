@@ -48,7 +48,6 @@ MAX_NODE_NAME: Final = 31  # as QEMU
 MAX_DISK_NAME: Final = 64
 MIN_CLUSTER: Final = 4 * KiB  # unit of copy-before-write where the target sets none
 COPY_PIECE: Final = 1 * MiB  # bytes of old data copied at once
-MAX_COPIES_IN_FLIGHT: Final = 64  # pieces per copy-before-write node
 MAX_SIZE: Final = (1 << 63) - 1  # of a node: sizes from 2^63 break clients (CVE-2023-5215)
 
 QUIET_TIMEOUT_S: Final = 10.0  # work on files, or requests of a hard removal, may take so long
