@@ -112,10 +112,15 @@ class Completions:
 
     A turn is a stretch of work in the loop's thread that begins many small things: a batch of
     requests, a batch of results. What costs a system call or wakes a thread waits for its end.
+
+    Attributes:
+        loop: The event loop.
+        outstanding: Calls submitted to lanes whose results have not been handed out.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop: Final = loop
+        self.outstanding = 0
         self._finished: deque[Op[object]] = deque()
         self._waking = False  # an eventfd write is on its way that will see all entries
         self._turns = 0
@@ -177,7 +182,9 @@ class Completions:
         self.begin_turn()
         try:
             while finished:
-                finished.popleft().finish()
+                op = finished.popleft()
+                self.outstanding -= 1
+                op.finish()
         except BaseException:
             # A bug in one awaiter: the others still get their results, at the next turn.
             os.eventfd_write(self._eventfd, 1)
@@ -191,7 +198,11 @@ _completions: dict[asyncio.AbstractEventLoop, Completions] = {}
 
 def completions() -> Completions:
     """Return the running loop's Completions, made at the first call."""
-    loop = asyncio.get_running_loop()
+    return completions_of(asyncio.get_running_loop())
+
+
+def completions_of(loop: asyncio.AbstractEventLoop) -> Completions:
+    """Return the Completions of `loop`, made at the first call."""
     found = _completions.get(loop)
     if found is None:
         for closed in [other for other in _completions if other.is_closed()]:
@@ -230,6 +241,7 @@ class Lane:
             found = self._completions = completions()
         op = Op(self, found.loop, call)
         self.outstanding += 1
+        found.outstanding += 1
         if self.outstanding > self._threads < self._limit:
             self._start_thread(found)
         if not self._gathered:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import selectors
 from collections.abc import Iterator
 
 import pytest
 
-from nbdfleece.datapath import poller
+from nbdfleece.datapath import poller, workers
 from tests.reference import poller as plain
 
 
@@ -49,3 +50,26 @@ def test_a_long_wait_ends_the_looking_and_a_short_one_begins_it() -> None:
         selector.select(0.01)
         assert selector._moment == 0
         os.close(fd)
+
+
+def test_the_loop_knows_of_calls_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Many short calls through a lane, under the loop that the daemon runs: all end, in order, and
+    # the selector that looks for them is told how many there are.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+
+    async def work() -> list[int]:
+        found = workers.completions()
+        selector = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+        assert selector.completions is found
+        lane = workers.Lane("test", 1)
+        results = []
+        for number in range(200):
+            op = lane.submit(lambda number=number: number)  # type: ignore[misc]
+            assert found.outstanding == 1
+            results.append(await op)
+            assert found.outstanding == 0
+        lane.close()
+        return results
+
+    with asyncio.Runner(loop_factory=poller.new_event_loop) as runner:
+        assert runner.run(work()) == list(range(200))

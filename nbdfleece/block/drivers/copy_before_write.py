@@ -260,20 +260,25 @@ class CopyBeforeWrite(Driver):
         """
         first, last = self._clusters(offset, len(data))
         states = self._states
-        if states.uniform(first, last) >= SETTLED or len(data) > COPY_PIECE:
+        state = states.uniform(first, last)
+        if state >= SETTLED or len(data) > COPY_PIECE:
             return False
         source, target = self._source(), self._target()
         source_file, target_file = source.plain_file(), target.plain_file()
         if source_file is None or target_file is None:
             return False
-        runs = states.runs(first, last)
-        if any(state == MOVING for _, _, state in runs):
-            return False
-        claims = [(start, end) for start, end, state in runs if state == UNCOPIED]
+        claims = [(first, last)]
+        if state != UNCOPIED:
+            runs = states.runs(first, last)
+            if any(state == MOVING for _, _, state in runs):
+                return False
+            claims = [(start, end) for start, end, state in runs if state == UNCOPIED]
         saves = self._plan_saves(claims, source_file)
         if not saves:
             return False
-        size = sum(old if isinstance(old, int) else len(old) for _, old, _, _, _ in saves)
+        size = 0
+        for _, old, _, _, _ in saves:
+            size += old if isinstance(old, int) else len(old)
         try:
             self._reserve(size)
         except IoError as error:
@@ -298,22 +303,23 @@ class CopyBeforeWrite(Driver):
 
     def _plan_saves(self, claims: list[tuple[int, int]], source_file: FileIo) -> list[Save] | None:
         """Claim the runs and read what is cached of them; None when the way is not open."""
-        states = self._states
-        saves: list[Save] = []
+        spans = []
         for first, last in claims:
-            if states.span(first, last) is None:
+            span = self._states.span(first, last)
+            if span is None:
                 return None
-        for first, last in claims:
+            spans.append(span)
+        saves: list[Save] = []
+        for (first, last), (page, start, stop) in zip(claims, spans, strict=True):
             offset, length = self._bytes(first, last)
             old = bytearray(length)
             cached = source_file.read_now(offset, memoryview(old))
-            if cached and self._zero_is_free and old == bytes(length):
-                states.fill(first, last, ALL_ZERO)
+            # The first byte decides nearly always.
+            if cached and not old[0] and self._zero_is_free and old == bytes(length):
+                page[start:stop] = bytes((ALL_ZERO,)) * (stop - start)
                 continue
-            states.fill(first, last, MOVING)
-            span = states.span(first, last)
-            assert span is not None
-            saves.append((offset, old if cached else length, *span))
+            page[start:stop] = bytes((MOVING,)) * (stop - start)
+            saves.append((offset, old if cached else length, page, start, stop))
         return saves
 
     async def _save(self, first: int, last: int) -> None:
@@ -466,6 +472,8 @@ class CopyBeforeWrite(Driver):
         if not self._zero_is_free:
             return
         for offset, old, _, _, _ in saves:
+            if not isinstance(old, int) and len(old) <= self._cluster:
+                continue  # one cluster, looked at when it was read
             length = old if isinstance(old, int) else len(old)
             for first, last, state in self._states.runs(*self._clusters(offset, length)):
                 if state == ALL_ZERO:
