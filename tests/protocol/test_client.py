@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import random
 
 import pytest
 
@@ -11,9 +11,10 @@ from nbdfleece.base.units import MiB
 from nbdfleece.protocol.nbd import client, wire
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.protocol.nbd.client import Connected, RemoteExport
+from nbdfleece.protocol.nbd.haggle import TlsMode
 from nbdfleece.protocol.nbd.handshake import GREETING, Handshake, Transmission
 from nbdfleece.protocol.nbd.talk import Conversation, Talk
-from tests.support.nbd_machines import DISK, FLAGS, FakeDirectory, join
+from tests.support.nbd_machines import DISK, FLAGS, FakeDirectory, join, pieces
 
 PIECES = pytest.mark.parametrize("piece", [0, 1, 2, 7])
 BASE = "base:allocation"
@@ -29,10 +30,14 @@ def remote_disk(flags: int = FLAGS) -> RemoteExport:
 @PIECES
 @pytest.mark.parametrize("structured", [True, False])
 def test_connect_reaches_transmission(piece: int, structured: bool) -> None:
-    server = Handshake(FakeDirectory())
+    server = Handshake(FakeDirectory(), extended=False)
 
     connected = join(
-        client.connect("disk", structured=structured, contexts=[BASE, "x:y"]), server, piece=piece
+        client.connect("disk", structured=structured, contexts=[BASE, "x:y"], extended=True)
+        if structured
+        else client.connect("disk", structured=False, contexts=[BASE]),
+        server,
+        piece=piece,
     )
 
     flags = FLAGS | c.NBD_FLAG_SEND_DF if structured else FLAGS
@@ -42,6 +47,41 @@ def test_connect_reaches_transmission(piece: int, structured: bool) -> None:
     assert server.outcome.export == DISK
     assert server.outcome.flags == flags
     assert dict(server.outcome.contexts) == {number: name for name, number in contexts.items()}
+
+
+@PIECES
+def test_extended_headers_where_the_server_has_them(piece: int) -> None:
+    server = Handshake(FakeDirectory())
+
+    connected = join(
+        client.connect("disk", structured=False, contexts=[BASE], extended=True),
+        server,
+        piece=piece,
+    )
+
+    assert connected.extended
+    assert connected.structured
+    assert connected.contexts == {BASE: 0}
+    assert isinstance(server.outcome, Transmission)
+    assert server.outcome.extended
+
+
+@PIECES
+def test_everything_again_over_tls(piece: int) -> None:
+    server = Handshake(FakeDirectory([]), tls=TlsMode.REQUIRE)
+
+    def talk() -> Talk[Connected]:
+        no_zeroes = yield from client.begin_tls(no_zeroes=True)
+        return (
+            yield from client.haggle(
+                "disk", no_zeroes=no_zeroes, structured=True, contexts=[BASE], extended=True
+            )
+        )
+
+    connected = join(talk(), server, piece=piece, over_tls=FakeDirectory())
+
+    assert connected.export.size == DISK.size
+    assert connected.contexts == {BASE: 0}
 
 
 @PIECES
@@ -116,12 +156,121 @@ def hear(talk: Talk[object], *answers: bytes) -> tuple[object, bytes]:
     return conversation.result, sent
 
 
+STARTTLS_ACK = wire.option_reply(c.NBD_OPT_STARTTLS, c.NBD_REP_ACK)
+
+
+def begin_tls(*answers: bytes) -> Conversation[bool]:
+    conversation = Conversation(client.begin_tls(no_zeroes=True))
+    for answer in (b"", *answers):
+        list(conversation.feed(answer))
+    return conversation
+
+
+@pytest.mark.parametrize("piece", [0, 1, 2, 7])
+def test_plaintext_behind_the_ack_of_starttls_is_a_violation(piece: int) -> None:
+    """Whoever sits between could make it look as if it had come over TLS (CVE-2021-3716)."""
+    early = wire.option_reply(c.NBD_OPT_GO, c.NBD_REP_ACK)
+    conversation = begin_tls(*pieces(GREETING + STARTTLS_ACK + early, piece))
+
+    assert conversation.is_over
+    with pytest.raises(PeerViolation, match="plaintext"):
+        client.check_tls_may_begin(conversation)
+
+
+def test_tls_may_begin_right_behind_the_ack() -> None:
+    client.check_tls_may_begin(begin_tls(GREETING + STARTTLS_ACK))
+
+
+def test_server_without_tls_is_not_talked_to_in_plaintext() -> None:
+    refusal = wire.option_reply(c.NBD_OPT_STARTTLS, c.NBD_REP_ERR_UNSUP)
+
+    with pytest.raises(OptionRefused):
+        begin_tls(GREETING + refusal)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        wire.option_reply(c.NBD_OPT_STARTTLS, c.NBD_REP_ACK, b"x"),
+        wire.option_reply(c.NBD_OPT_STARTTLS, c.NBD_REP_INFO, b"xx") + STARTTLS_ACK,
+    ],
+    ids=["ack with data", "data before the ack"],
+)
+def test_option_without_data_has_an_answer_without_data(answer: bytes) -> None:
+    with pytest.raises(PeerViolation):
+        begin_tls(GREETING + answer)
+
+
+@pytest.mark.parametrize(
+    "error", [c.NBD_REP_ERR_UNSUP, c.NBD_REP_ERR_INVALID, c.NBD_REP_ERR_POLICY, 0x80000099]
+)
+def test_any_error_to_extended_headers_falls_back_to_structured_replies(error: int) -> None:
+    result, sent = hear(
+        client.connect("disk", structured=True, contexts=[], extended=True),
+        GREETING,
+        wire.option_reply(c.NBD_OPT_EXTENDED_HEADERS, error),
+        wire.option_reply(c.NBD_OPT_STRUCTURED_REPLY, c.NBD_REP_ACK),
+        wire.option_reply(c.NBD_OPT_INFO, c.NBD_REP_ERR_UNSUP),
+        wire.info_export_reply(c.NBD_OPT_GO, size=5, flags=1),
+        wire.option_reply(c.NBD_OPT_GO, c.NBD_REP_ACK),
+    )
+
+    assert result == Connected(RemoteExport(5, 1), structured=True, contexts={}, extended=False)
+    assert wire.option(c.NBD_OPT_EXTENDED_HEADERS) in sent
+
+
+def test_server_with_a_minimum_block_is_promised_nothing() -> None:
+    """GO with NBD_INFO_BLOCK_SIZE would promise to keep to the minimum; our guests do not."""
+    number = c.NBD_OPT_INFO
+    result, sent = hear(
+        client.connect("disk", structured=False, contexts=[]),
+        GREETING,
+        wire.info_export_reply(number, size=512, flags=1)
+        + wire.info_block_size_reply(number, minimum=512, preferred=4096, maximum=65536)
+        + wire.option_reply(number, c.NBD_REP_ACK),
+        wire.info_export_reply(c.NBD_OPT_GO, size=512, flags=1)
+        + wire.option_reply(c.NBD_OPT_GO, c.NBD_REP_ACK),
+    )
+
+    assert isinstance(result, Connected)
+    assert result.export == RemoteExport(512, 1, None, None, 1, 4096, 65536)
+    wanted = wire.info_request(b"disk", (c.NBD_INFO_NAME, c.NBD_INFO_DESCRIPTION))
+    assert sent.endswith(wire.option(c.NBD_OPT_GO, wanted))
+
+
+BITMAP = "qemu:dirty-bitmap:b"
+
+
+def set_context(*replies: tuple[int, str]) -> bytes:
+    number = c.NBD_OPT_SET_META_CONTEXT
+    parts = [wire.meta_context_reply(number, context, name.encode()) for context, name in replies]
+    return b"".join(parts) + wire.option_reply(number, c.NBD_REP_ACK)
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [[(0, "x:y")], [(0, BASE), (0, BITMAP)], [(0, BASE), (1, BASE)]],
+    ids=["not asked for", "one id twice", "one name twice"],
+)
+def test_contexts_other_than_asked_for_are_a_violation(replies: list[tuple[int, str]]) -> None:
+    with pytest.raises(PeerViolation):
+        hear(client.set_meta_context("disk", [BASE, BITMAP]), set_context(*replies))
+
+
+def test_a_context_may_be_told_twice() -> None:
+    """As nbdkit does for two equal queries."""
+    talk = client.set_meta_context("disk", [BASE, BASE])
+
+    assert hear(talk, set_context((1, BASE), (1, BASE)))[0] == {BASE: 1}
+
+
 def test_old_server_without_go_is_met_with_export_name() -> None:
     """Any error but UNSUP to GO is final; on UNSUP the client falls back."""
     result, sent = hear(
         client.connect("disk", structured=True, contexts=[BASE]),
         GREETING,
         wire.option_reply(c.NBD_OPT_STRUCTURED_REPLY, c.NBD_REP_ERR_UNSUP),
+        wire.option_reply(c.NBD_OPT_INFO, c.NBD_REP_ERR_UNSUP),
         wire.option_reply(c.NBD_OPT_GO, c.NBD_REP_ERR_UNSUP),
         wire.export_name_reply(size=5, flags=1, no_zeroes=True),
     )
@@ -136,6 +285,8 @@ def test_server_without_contexts_is_used_without() -> None:
         GREETING,
         wire.option_reply(c.NBD_OPT_STRUCTURED_REPLY, c.NBD_REP_ACK),
         wire.option_reply(c.NBD_OPT_SET_META_CONTEXT, c.NBD_REP_ERR_UNSUP),
+        wire.info_export_reply(c.NBD_OPT_INFO, size=0, flags=1)  # as nbd-server: the size is wrong
+        + wire.option_reply(c.NBD_OPT_INFO, c.NBD_REP_ACK),
         wire.info_export_reply(c.NBD_OPT_GO, size=5, flags=1),
         wire.option_reply(c.NBD_OPT_GO, c.NBD_REP_ACK),
     )
@@ -165,6 +316,10 @@ BAD_GO = {
     "too long": wire.OPTION_REPLY_HEADER.pack(
         c.NBD_OPTION_REPLY_MAGIC, GO, c.NBD_REP_INFO, 1 << 20
     ),
+    "two exports": EXPORT + EXPORT + ACK,
+    "short export": wire.option_reply(GO, c.NBD_REP_INFO, b"\0\0\0\0") + ACK,
+    "short block size": EXPORT + wire.option_reply(GO, c.NBD_REP_INFO, b"\0\3\0\0") + ACK,
+    "ack with data": EXPORT + wire.option_reply(GO, c.NBD_REP_ACK, b"x"),
     "wrong type": wire.server_reply(GO, b"x", b"") + ACK,
     "empty info": wire.option_reply(GO, c.NBD_REP_INFO) + ACK,
     "size of 2^63": wire.info_export_reply(GO, size=1 << 63, flags=1) + ACK,
@@ -214,16 +369,73 @@ def test_endless_list_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
         hear(client.list_exports(), item * 11)
 
 
-def test_random_answers_end_in_a_violation_or_a_refusal_or_wait(rng) -> None:
-    good = EXPORT + wire.info_block_size_reply(GO, minimum=1, preferred=512, maximum=512) + ACK
-    for _ in range(2000):
-        answer = bytearray(good)
-        for _ in range(rng.randrange(1, 4)):
-            answer[rng.randrange(len(answer))] = rng.randrange(256)
-        conversation = Conversation(client.go("disk"))
-        list(conversation.feed(b""))
+def test_long_list_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_OPTION_REPLY_BYTES", 5000)
+    item = wire.server_reply(c.NBD_OPT_LIST, b"x" * 4096, b"")
+
+    with pytest.raises(PeerViolation):
+        hear(client.list_exports(), item * 2)
+
+
+def good_stream() -> bytes:
+    """All that a server says to `connect`, with the options in this order."""
+    parts = [GREETING, wire.option_reply(c.NBD_OPT_EXTENDED_HEADERS, c.NBD_REP_ACK)]
+    parts.append(set_context((0, BASE)))
+    for number in (c.NBD_OPT_INFO, c.NBD_OPT_GO):
+        parts.append(wire.info_export_reply(number, size=1 << 20, flags=0x0D))
+        parts.append(wire.info_text_reply(number, c.NBD_INFO_NAME, b"disk"))
+        parts.append(wire.info_block_size_reply(number, minimum=1, preferred=512, maximum=1 << 25))
+        parts.append(wire.option_reply(number, c.NBD_REP_ACK))
+    return b"".join(parts)
+
+
+def new_connect() -> Conversation[Connected]:
+    conversation = Conversation(
+        client.connect("disk", structured=True, contexts=[BASE], extended=True)
+    )
+    list(conversation.feed(b""))
+    return conversation
+
+
+@PIECES
+def test_whole_stream_in_pieces(piece: int) -> None:
+    conversation = new_connect()
+    for part in pieces(good_stream(), piece):
+        list(conversation.feed(part))
+
+    assert conversation.result is not None
+    assert conversation.result.extended
+    assert conversation.leftover == b""
+
+
+def test_mutated_streams_end_in_a_violation_or_a_refusal_or_wait(
+    rng: random.Random, *, long_run: bool
+) -> None:
+    good = good_stream()
+    for _ in range(100_000 if long_run else 3000):
+        answer = mutated(good, rng)
+        conversation = new_connect()
         try:
-            list(conversation.feed(bytes(answer)))
+            for part in pieces(answer, rng.choice([0, 1, 2, 7])):
+                list(conversation.feed(part))
         except (PeerViolation, OptionRefused):
             continue
-        assert conversation.result is None or dataclasses.is_dataclass(conversation.result)
+        result = conversation.result
+        assert result is None or 0 <= result.export.size < 1 << 63
+
+
+def mutated(good: bytes, rng: random.Random) -> bytes:
+    """Change, take out or put in some bytes, and perhaps cut the end off."""
+    answer = bytearray(good)
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(len(answer))
+        kind = rng.randrange(4)
+        if kind == 0:
+            answer[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        elif kind == 1:
+            answer[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            del answer[at : at + rng.randrange(1, 9)]
+        else:
+            answer[at:at] = rng.randbytes(rng.randrange(1, 9))
+    return bytes(answer[: rng.choice([len(answer), rng.randrange(len(answer) + 1)])])

@@ -15,8 +15,10 @@ from nbdfleece.protocol.nbd.handshake import Closed, Handshake, Transmission
 from tests.support.nbd_machines import DISK, FIXED, FIXED_NO_ZEROES, FakeDirectory, Script, pieces
 
 GO_DISK = wire.option(c.NBD_OPT_GO, wire.info_request(b"disk", []))
-EMPTY_ONLY = [c.NBD_OPT_LIST, c.NBD_OPT_STARTTLS, c.NBD_OPT_STRUCTURED_REPLY]
-UNKNOWN = [c.NBD_OPT_PEEK_EXPORT, c.NBD_OPT_EXTENDED_HEADERS, 12, 77, 0, 0xFFFFFFFF]
+EMPTY_ONLY = [
+    c.NBD_OPT_LIST, c.NBD_OPT_STARTTLS, c.NBD_OPT_STRUCTURED_REPLY, c.NBD_OPT_EXTENDED_HEADERS,
+]  # fmt: skip
+UNKNOWN = [c.NBD_OPT_PEEK_EXPORT, 12, 77, 0, 0xFFFFFFFF]
 
 
 def test_greeting_offers_fixed_newstyle_and_no_zeroes() -> None:
@@ -165,6 +167,7 @@ def test_go_ends_in_transmission_with_what_was_agreed_on() -> None:
         DISK,
         DISK.flags | c.NBD_FLAG_SEND_DF,
         structured=True,
+        extended=False,
         contexts=((0, "base:allocation"),),
         leftover=b"",
     )
@@ -243,6 +246,14 @@ def test_shutdown_is_told_to_options_but_abort() -> None:
     request = wire.info_request(b"disk", [])
     assert script.outcome_type(c.NBD_OPT_GO, request) == c.NBD_REP_ERR_SHUTDOWN
     assert script.outcome_type(c.NBD_OPT_ABORT) == c.NBD_REP_ACK
+
+
+def test_text_of_the_shutdown_may_say_why() -> None:
+    script = Script()
+    script.server.is_shutting_down = True
+    script.server.shutdown_text = "the server is full"
+
+    assert script.option(c.NBD_OPT_LIST) == [(c.NBD_REP_ERR_SHUTDOWN, b"the server is full")]
 
 
 def test_shutdown_closes_on_export_name() -> None:

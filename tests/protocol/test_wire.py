@@ -92,6 +92,69 @@ GOLDEN = {
         wire.error_offset_chunk(7, flags=1, error=c.NBD_EIO, text=b"no", offset=0x30),
         h("668e33ef 0001 8002 0000000000000007 00000010 00000005 0002 6e6f 0000000000000030"),
     ),
+    "extended request": (
+        wire.extended_request(
+            c.NBD_CMD_TRIM, flags=1, cookie=0x1122, offset=0x10, length=0x5_0000_0000
+        ),
+        h("21e41c71 0001 0004 0000000000001122 0000000000000010 0000000500000000"),
+    ),
+    "status filter": (
+        wire.extended_request(
+            c.NBD_CMD_BLOCK_STATUS,
+            flags=c.NBD_CMD_FLAG_PAYLOAD_LEN,
+            cookie=7,
+            offset=0x10,
+            length=16,
+        )
+        + wire.status_filter(0x5_0000_0000, [2, 0]),
+        h(
+            "21e41c71 0020 0007 0000000000000007 0000000000000010 0000000000000010"
+            "0000000500000000 00000002 00000000"
+        ),
+    ),
+    "extended none": (
+        wire.extended_chunk(c.NBD_REPLY_TYPE_NONE, b"", flags=1, cookie=7, request_offset=0x200),
+        h("6e8a278c 0001 0000 0000000000000007 0000000000000200 0000000000000000"),
+    ),
+    "extended hole": (
+        wire.extended_chunk(
+            c.NBD_REPLY_TYPE_OFFSET_HOLE,
+            wire.hole_payload(0x300, 0x1000),
+            flags=0,
+            cookie=7,
+            request_offset=0x200,
+        ),
+        h(
+            "6e8a278c 0000 0002 0000000000000007 0000000000000200 000000000000000c"
+            "0000000000000300 00001000"
+        ),
+    ),
+    "extended block status": (
+        wire.extended_chunk(
+            c.NBD_REPLY_TYPE_BLOCK_STATUS_EXT,
+            wire.status_ext_payload(9, [(0x5_0000_0000, 3), (0x200, 0)]),
+            flags=1,
+            cookie=7,
+            request_offset=0x200,
+        ),
+        h(
+            "6e8a278c 0001 0006 0000000000000007 0000000000000200 0000000000000028"
+            "00000009 00000002 0000000500000000 0000000000000003 0000000000000200 0000000000000000"
+        ),
+    ),
+    "extended error offset": (
+        wire.extended_chunk(
+            c.NBD_REPLY_TYPE_ERROR_OFFSET,
+            wire.error_offset_payload(c.NBD_EIO, b"no", 0x30),
+            flags=1,
+            cookie=7,
+            request_offset=0x10,
+        ),
+        h(
+            "6e8a278c 0001 8002 0000000000000007 0000000000000010 0000000000000010"
+            "00000005 0002 6e6f 0000000000000030"
+        ),
+    ),
 }
 
 
@@ -106,6 +169,13 @@ def test_extended_and_reserved_magics_are_told_apart() -> None:
     magics = [value for name, value in vars(c).items() if "MAGIC" in name]
 
     assert len(magics) == len(set(magics))
+
+
+def test_headers_have_the_sizes_of_the_spec() -> None:
+    assert wire.REQUEST.size == 28
+    assert wire.SIMPLE_REPLY.size == 16
+    assert wire.CHUNK_HEADER.size == 20
+    assert wire.EXTENDED_REQUEST.size == wire.EXTENDED_CHUNK_HEADER.size == 32
 
 
 def test_export_name_answer_without_no_zeroes_has_134_bytes() -> None:

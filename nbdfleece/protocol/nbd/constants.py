@@ -107,6 +107,11 @@ NBD_META_BASE_ALLOCATION: Final = "base:allocation"
 NBD_STATE_HOLE: Final = 1 << 0
 NBD_STATE_ZERO: Final = 1 << 1
 
+# QEMU's contexts; see "NBD metadata contexts" in docs/interop/nbd.txt of QEMU.
+NBD_META_QEMU_ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+NBD_META_QEMU_DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"  # then the bitmap's name
+NBD_STATE_DIRTY: Final = 1 << 0  # flags of a dirty bitmap; those of a depth are a number
+
 # --- Request types ---------------------------------------------------------------------------
 NBD_CMD_READ: Final = 0
 NBD_CMD_WRITE: Final = 1

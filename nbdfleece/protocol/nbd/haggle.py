@@ -2,18 +2,20 @@
 
 `ExportInfo` and `Directory` are what this room needs to know of exports; server/ provides them.
 
-Spec: NBD proto.md "Option haggling".
+Spec: NBD proto.md "Option haggling", "TLS support".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
 from nbdfleece.base.errors import OptionRefused
 from nbdfleece.base.limits import MAX_PAYLOAD
 from nbdfleece.base.units import KiB
 from nbdfleece.protocol.nbd.constants import (
+    NBD_FLAG_BLOCK_STATUS_PAYLOAD,
     NBD_FLAG_SEND_DF,
     NBD_META_BASE_ALLOCATION,
     NBD_REP_ERR_INVALID,
@@ -26,6 +28,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+class TlsMode(Enum):
+    """What a connection may, or must, do about TLS; the same from its begin to its end.
+
+    The spec's names are NOTLS, SELECTIVETLS and FORCEDTLS.
+    """
+
+    OFF = auto()
+    ALLOW = auto()
+    REQUIRE = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
     """An export as the handshake describes it.
@@ -33,7 +46,8 @@ class ExportInfo:
     Attributes:
         name: Canonical name, a string of the spec.
         size: Bytes; below 2^63.
-        flags: Transmission flags with NBD_FLAG_HAS_FLAGS, without NBD_FLAG_SEND_DF.
+        flags: Transmission flags with NBD_FLAG_HAS_FLAGS, without those that depend on what the
+            connection negotiates: NBD_FLAG_SEND_DF and NBD_FLAG_BLOCK_STATUS_PAYLOAD.
         description: For people; may be empty.
         minimum_block: Bytes; a power of two up to 64 KiB.
         preferred_block: Bytes; a power of two, at least 512 and `minimum_block`.
@@ -54,7 +68,12 @@ class ExportInfo:
 
 
 class Directory(Protocol):
-    """The exports that one client may see."""
+    """The exports that one client may see.
+
+    Before TLS on a connection that allows it (TlsMode.ALLOW), `find` raises NBD_REP_ERR_TLS_REQD
+    for what the client might get with TLS, and for what does not exist alike, so that names stay
+    hidden; `list` leaves out what needs TLS.
+    """
 
     def find(self, name: str) -> ExportInfo | None:
         """Return the export of that name, the default export for "", or None.
@@ -107,7 +126,13 @@ class Haggle:
     Attributes:
         directory: Where exports are looked up.
         no_zeroes: The client set NBD_FLAG_C_NO_ZEROES; never changes.
-        structured: NBD_OPT_STRUCTURED_REPLY was acknowledged.
+        tls_mode: What the connection may do about TLS; never changes.
+        may_extend: Extended headers are offered; never changes.
+        tls: TLS has been initiated.
+        starting_tls: NBD_OPT_STARTTLS was agreed to; ends this haggle.
+        structured: Replies come in chunks: NBD_OPT_STRUCTURED_REPLY or NBD_OPT_EXTENDED_HEADERS was
+            acknowledged.
+        extended: NBD_OPT_EXTENDED_HEADERS was acknowledged.
         contexts: (id, name) of the contexts that the last SET_META_CONTEXT selected.
         contexts_of: The export they were selected for.
         last_info: Data and answer of an NBD_OPT_INFO that was the very last option.
@@ -117,7 +142,12 @@ class Haggle:
 
     directory: Directory
     no_zeroes: bool
+    tls_mode: TlsMode
+    may_extend: bool
+    tls: bool = False
+    starting_tls: bool = False
     structured: bool = False
+    extended: bool = False
     contexts: tuple[tuple[int, str], ...] = ()
     contexts_of: ExportInfo | None = None
     last_info: tuple[bytes, ExportInfo] | None = None
@@ -137,11 +167,17 @@ class Haggle:
         return export
 
     def transmission_flags(self, export: ExportInfo) -> int:
-        """Return the flags of `export` on this connection, as negotiated up to now."""
-        return export.flags | (NBD_FLAG_SEND_DF if self.structured else 0)
+        """Return the flags of `export` on this connection, as negotiated up to now.
 
-    def selected_contexts(self) -> tuple[tuple[int, str], ...]:
-        """Return the contexts that hold in transmission: none if set for another export."""
-        if self.contexts_of != self.chosen:
-            return ()
-        return self.contexts
+        The same for INFO as for GO: a client that asks twice must hear the same.
+        """
+        flags = export.flags
+        if self.structured:
+            flags |= NBD_FLAG_SEND_DF
+        if self.extended and self.contexts_for(export):
+            flags |= NBD_FLAG_BLOCK_STATUS_PAYLOAD
+        return flags
+
+    def contexts_for(self, export: ExportInfo) -> tuple[tuple[int, str], ...]:
+        """Return the contexts selected for `export`: none if they were set for another."""
+        return self.contexts if self.contexts_of == export else ()

@@ -9,17 +9,22 @@ The checks run in one fixed order, so that a request with several faults has one
 5. offset and length lie inside the export, else NBD_ENOSPC (WRITE, WRITE_ZEROES) or NBD_EINVAL;
 6. its length is not over the cap of its kind, else NBD_EINVAL or NBD_EOVERFLOW.
 
-The wire comes before: a wrong magic closes the connection, and the payload of a WRITE is read
-before anything is answered. Exports have a minimum block size of 1, so there is no alignment check.
+The wire comes before: a wrong magic closes the connection, and the payload of a request is read
+before anything is answered; how long it is, `payload_length` says. A BLOCK_STATUS with a payload
+has its length in there: first `parse_status_filter`, then `check`. Exports have a minimum block
+size of 1, so there is no alignment check.
 
-Spec: NBD proto.md "Request types", "Size constraints", "Error values".
+Spec: NBD proto.md "Request types", "Size constraints", "Error values"; for payloads of extended
+requests, "Request message" on the branch extension-ext-header.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from nbdfleece.base.limits import MAX_PAYLOAD, MAX_STRUCTURED_READ
+from nbdfleece.base.errors import PeerViolation
+from nbdfleece.base.limits import MAX_DRAINED_PAYLOAD, MAX_PAYLOAD, MAX_STRUCTURED_READ
+from nbdfleece.protocol.nbd import wire
 from nbdfleece.protocol.nbd.constants import (
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
@@ -28,6 +33,7 @@ from nbdfleece.protocol.nbd.constants import (
     NBD_CMD_FLAG_FAST_ZERO,
     NBD_CMD_FLAG_FUA,
     NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_FLAG_PAYLOAD_LEN,
     NBD_CMD_FLAG_REQ_ONE,
     NBD_CMD_FLUSH,
     NBD_CMD_READ,
@@ -46,6 +52,10 @@ from nbdfleece.protocol.nbd.constants import (
     NBD_FLAG_SEND_WRITE_ZEROES,
     NBD_SUCCESS,
 )
+from nbdfleece.protocol.nbd.names import command_name
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 # Flags that a command may carry. FUA goes with every command once NBD_FLAG_SEND_FUA is advertised,
 # even where it means nothing: existing clients set it on odd ones.
@@ -67,6 +77,9 @@ _FLAG_NEEDED: Final = {
     NBD_CMD_WRITE_ZEROES: NBD_FLAG_SEND_WRITE_ZEROES,
 }
 
+# Commands that may carry NBD_CMD_FLAG_PAYLOAD_LEN; with extended headers only.
+_MAY_HAVE_PAYLOAD: Final = frozenset({NBD_CMD_WRITE, NBD_CMD_BLOCK_STATUS})
+
 _CHANGES_THE_EXPORT: Final = frozenset({NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES})
 _OUT_OF_SPACE_PAST_END: Final = frozenset({NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES})
 
@@ -80,6 +93,7 @@ def check(
     export_flags: int,
     structured: bool,
     has_contexts: bool,
+    extended: bool = False,
 ) -> int:
     """Return the NBD error that a request deserves, or NBD_SUCCESS.
 
@@ -89,16 +103,20 @@ def check(
         command: Request type from the wire; unknown values are welcome.
         flags: Command flags from the wire.
         offset: Bytes from the start of the export; any 64-bit value.
-        length: Bytes; any 32-bit value.
+        length: Bytes that the request concerns; any 32-bit value, or with extended headers any
+            64-bit value. Of a BLOCK_STATUS with a payload, the effect length in there.
         size: Bytes of the export.
         export_flags: Transmission flags of the export.
-        structured: Whether structured replies were negotiated.
+        structured: Whether replies come in chunks, structured or extended.
         has_contexts: Whether metadata contexts were negotiated for this export.
+        extended: Whether extended headers were negotiated.
     """
     if command == NBD_CMD_READ and flags == 0 and length <= MAX_PAYLOAD and offset + length <= size:
         return NBD_SUCCESS  # the usual request, before the tables
     if command == NBD_CMD_DISC:
         return NBD_SUCCESS
+    if extended and command in _MAY_HAVE_PAYLOAD:
+        flags &= ~NBD_CMD_FLAG_PAYLOAD_LEN
     if not _are_flags_legal(command, flags, export_flags, structured):
         return NBD_EINVAL
     if command in _CHANGES_THE_EXPORT and export_flags & NBD_FLAG_READ_ONLY:
@@ -112,6 +130,66 @@ def check(
     if offset + length > size:
         return NBD_ENOSPC if command in _OUT_OF_SPACE_PAST_END else NBD_EINVAL
     return _check_length(command, flags, length, structured)
+
+
+def payload_length(command: int, flags: int, length: int, *, extended: bool) -> int:
+    """Return how many bytes of payload follow a request header, whatever else is wrong with it.
+
+    Without extended headers only a WRITE has a payload. With them, a flag says so for any command;
+    a WRITE without it is not told from one whose client sends the data all the same, and those
+    would be taken for requests.
+
+    Args:
+        command: Request type from the wire.
+        flags: Command flags from the wire.
+        length: Length field from the wire.
+        extended: Whether extended headers were negotiated.
+
+    Raises:
+        PeerViolation: More than we read, or a WRITE of which it is not clear what follows.
+    """
+    if command == NBD_CMD_DISC:
+        return 0  # the last request: what follows is not read
+    if not extended:
+        if command != NBD_CMD_WRITE:
+            return 0
+        longest = MAX_DRAINED_PAYLOAD
+    elif flags & NBD_CMD_FLAG_PAYLOAD_LEN:
+        longest = MAX_PAYLOAD
+    elif command == NBD_CMD_WRITE and length:
+        raise PeerViolation("NBD_CMD_WRITE without NBD_CMD_FLAG_PAYLOAD_LEN")
+    else:
+        return 0
+    if length > longest:
+        raise PeerViolation(f"{command_name(command)} with a payload of {length} bytes")
+    return length
+
+
+def max_status_filter(contexts: int) -> int:
+    """Return the bytes of the longest legal status filter with so many negotiated contexts."""
+    return wire.STATUS_FILTER.size + contexts * wire.U32.size
+
+
+def parse_status_filter(
+    payload: bytes, negotiated: Collection[int]
+) -> tuple[int, frozenset[int]] | None:
+    """Return effect length and context ids of a BLOCK_STATUS payload; None: NBD_EINVAL.
+
+    Args:
+        payload: All of it: effect length:8, then context:4 each.
+        negotiated: Ids of the contexts that were negotiated.
+    """
+    head = wire.STATUS_FILTER.size
+    if len(payload) <= head or (len(payload) - head) % wire.U32.size:
+        return None  # too short, torn, or about no context at all
+    if len(payload) > max_status_filter(len(negotiated)):
+        return None
+    (effect_length,) = wire.STATUS_FILTER.unpack_from(payload)
+    ids = [context for (context,) in wire.U32.iter_unpack(payload[head:])]
+    chosen = frozenset(ids)
+    if len(chosen) < len(ids) or not chosen.issubset(negotiated):
+        return None
+    return effect_length, chosen
 
 
 def _are_flags_legal(command: int, flags: int, export_flags: int, structured: bool) -> bool:

@@ -3,9 +3,11 @@
 All integers are big-endian. Each layout is shown where it is defined, as field:bytes. Readers get
 exactly the bytes of one item; how long that is, the item's header says.
 
-Extended headers (NBD_OPT_EXTENDED_HEADERS) are not here yet.
+The payload of a chunk is the same under a structured and under an extended header, so there are
+functions `..._payload` for it, and `chunk` and `extended_chunk` which put a header before it.
 
-Spec: NBD proto.md "Protocol phases", "Option types", "Option reply types", "Transmission phase".
+Spec: NBD proto.md "Protocol phases", "Option types", "Option reply types", "Transmission phase";
+for extended headers, the same on the branch extension-ext-header.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.protocol.nbd.constants import (
     IHAVEOPT,
+    NBD_EXTENDED_REPLY_MAGIC,
+    NBD_EXTENDED_REQUEST_MAGIC,
     NBD_INFO_BLOCK_SIZE,
     NBD_INFO_EXPORT,
     NBD_OPTION_REPLY_MAGIC,
@@ -34,7 +38,7 @@ from nbdfleece.protocol.nbd.constants import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 # --- Handshake -------------------------------------------------------------------------------
 GREETING: Final = Struct(">QQH")  # NBDMAGIC:8 IHAVEOPT:8 handshake flags:2
@@ -57,6 +61,14 @@ CHUNK_OFFSET: Final = Struct(">Q")  # OFFSET_DATA: offset:8, then data
 CHUNK_HOLE: Final = Struct(">QI")  # OFFSET_HOLE: offset:8 size:4
 CHUNK_ERROR: Final = Struct(">IH")  # ERROR: error:4 text length:2, then text (and offset:8)
 STATUS_DESCRIPTOR: Final = Struct(">II")  # BLOCK_STATUS: context:4, then (length:4 flags:4) each
+
+# --- Transmission with extended headers ------------------------------------------------------
+EXTENDED_REQUEST: Final = Struct(">IHHQQQ")  # magic:4 flags:2 type:2 cookie:8 offset:8 length:8
+# magic:4 flags:2 type:2 cookie:8 offset:8 length:8, then payload; `offset` is the request's
+EXTENDED_CHUNK_HEADER: Final = Struct(">IHHQQQ")
+STATUS_EXT_HEADER: Final = Struct(">II")  # BLOCK_STATUS_EXT: context:4 count:4, then descriptors
+STATUS_EXT_DESCRIPTOR: Final = Struct(">QQ")  # length:8 flags:8
+STATUS_FILTER: Final = Struct(">Q")  # payload of a request: effect length:8, then context:4 each
 
 
 # --- Handshake: writing ----------------------------------------------------------------------
@@ -137,14 +149,90 @@ def simple_reply(error: int, cookie: int) -> bytes:
     return SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, cookie)
 
 
+def extended_request(command: int, *, flags: int, cookie: int, offset: int, length: int) -> bytes:
+    """Return an extended request header.
+
+    Args:
+        command: NBD_CMD_*.
+        flags: NBD_CMD_FLAG_*; with PAYLOAD_LEN, `length` bytes of payload follow the header.
+        cookie: Any.
+        offset: Bytes.
+        length: Bytes of the payload or, without PAYLOAD_LEN, those that the request concerns.
+    """
+    return EXTENDED_REQUEST.pack(NBD_EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length)
+
+
+def status_filter(effect_length: int, contexts: Iterable[int]) -> bytes:
+    """Return the payload of an NBD_CMD_BLOCK_STATUS that asks about some contexts only."""
+    return STATUS_FILTER.pack(effect_length) + b"".join(map(U32.pack, contexts))
+
+
+# --- Transmission: chunks and their payloads -------------------------------------------------
 def chunk_header(kind: int, *, flags: int, cookie: int, length: int) -> bytes:
     """Return the header of a structured reply chunk with a payload of `length` bytes."""
     return CHUNK_HEADER.pack(NBD_STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
 
 
+def extended_chunk_header(
+    kind: int, *, flags: int, cookie: int, request_offset: int, length: int
+) -> bytes:
+    """Return the header of an extended reply chunk with a payload of `length` bytes.
+
+    It repeats the offset of the request, whatever the chunk is about.
+    """
+    return EXTENDED_CHUNK_HEADER.pack(
+        NBD_EXTENDED_REPLY_MAGIC, flags, kind, cookie, request_offset, length
+    )
+
+
+def chunk(kind: int, payload: bytes, *, flags: int, cookie: int) -> bytes:
+    """Return a whole structured reply chunk."""
+    return chunk_header(kind, flags=flags, cookie=cookie, length=len(payload)) + payload
+
+
+def extended_chunk(
+    kind: int, payload: bytes, *, flags: int, cookie: int, request_offset: int
+) -> bytes:
+    """Return a whole extended reply chunk."""
+    header = extended_chunk_header(
+        kind, flags=flags, cookie=cookie, request_offset=request_offset, length=len(payload)
+    )
+    return header + payload
+
+
+def hole_payload(offset: int, length: int) -> bytes:
+    """Return the payload of NBD_REPLY_TYPE_OFFSET_HOLE; `length` has 32 bits in both modes."""
+    return CHUNK_HOLE.pack(offset, length)
+
+
+def status_payload(context: int, descriptors: Iterable[tuple[int, int]]) -> bytes:
+    """Return the payload of NBD_REPLY_TYPE_BLOCK_STATUS; (length, flags), each of 32 bits."""
+    parts = [U32.pack(context)]
+    parts += [STATUS_DESCRIPTOR.pack(length, status) for length, status in descriptors]
+    return b"".join(parts)
+
+
+def status_ext_payload(context: int, descriptors: Sequence[tuple[int, int]]) -> bytes:
+    """Return the payload of NBD_REPLY_TYPE_BLOCK_STATUS_EXT; (length, flags), each of 64 bits."""
+    parts = [STATUS_EXT_HEADER.pack(context, len(descriptors))]
+    parts += [STATUS_EXT_DESCRIPTOR.pack(length, status) for length, status in descriptors]
+    return b"".join(parts)
+
+
+def error_payload(error: int, text: bytes) -> bytes:
+    """Return the payload of NBD_REPLY_TYPE_ERROR; `text` within MAX_ERROR_TEXT, for QEMU."""
+    return CHUNK_ERROR.pack(error, len(text)) + text
+
+
+def error_offset_payload(error: int, text: bytes, offset: int) -> bytes:
+    """Return the payload of NBD_REPLY_TYPE_ERROR_OFFSET: as ERROR, then the failed offset:8."""
+    return error_payload(error, text) + CHUNK_OFFSET.pack(offset)
+
+
+# --- Transmission: whole structured chunks ---------------------------------------------------
 def none_chunk(cookie: int, *, flags: int) -> bytes:
     """Return an NBD_REPLY_TYPE_NONE chunk; legal with NBD_REPLY_FLAG_DONE only."""
-    return chunk_header(NBD_REPLY_TYPE_NONE, flags=flags, cookie=cookie, length=0)
+    return chunk(NBD_REPLY_TYPE_NONE, b"", flags=flags, cookie=cookie)
 
 
 def data_chunk_header(cookie: int, *, flags: int, offset: int, length: int) -> bytes:
@@ -156,29 +244,24 @@ def data_chunk_header(cookie: int, *, flags: int, offset: int, length: int) -> b
 
 def hole_chunk(cookie: int, *, flags: int, offset: int, length: int) -> bytes:
     """Return an NBD_REPLY_TYPE_OFFSET_HOLE chunk: `length` (> 0) zeroes at `offset`."""
-    kind, payload = NBD_REPLY_TYPE_OFFSET_HOLE, CHUNK_HOLE.pack(offset, length)
-    return chunk_header(kind, flags=flags, cookie=cookie, length=len(payload)) + payload
+    payload = hole_payload(offset, length)
+    return chunk(NBD_REPLY_TYPE_OFFSET_HOLE, payload, flags=flags, cookie=cookie)
 
 
 def status_chunk(
     cookie: int, *, flags: int, context: int, descriptors: Iterable[tuple[int, int]]
 ) -> bytes:
     """Return an NBD_REPLY_TYPE_BLOCK_STATUS chunk with (length, status flags) descriptors."""
-    parts = [U32.pack(context)]
-    parts += [STATUS_DESCRIPTOR.pack(length, status) for length, status in descriptors]
-    payload = b"".join(parts)
-    kind = NBD_REPLY_TYPE_BLOCK_STATUS
-    return chunk_header(kind, flags=flags, cookie=cookie, length=len(payload)) + payload
+    payload = status_payload(context, descriptors)
+    return chunk(NBD_REPLY_TYPE_BLOCK_STATUS, payload, flags=flags, cookie=cookie)
 
 
 def error_chunk(cookie: int, *, flags: int, error: int, text: bytes) -> bytes:
     """Return an NBD_REPLY_TYPE_ERROR chunk; `text` within MAX_ERROR_TEXT, for QEMU's client."""
-    kind, payload = NBD_REPLY_TYPE_ERROR, CHUNK_ERROR.pack(error, len(text)) + text
-    return chunk_header(kind, flags=flags, cookie=cookie, length=len(payload)) + payload
+    return chunk(NBD_REPLY_TYPE_ERROR, error_payload(error, text), flags=flags, cookie=cookie)
 
 
 def error_offset_chunk(cookie: int, *, flags: int, error: int, text: bytes, offset: int) -> bytes:
     """Return an NBD_REPLY_TYPE_ERROR_OFFSET chunk: as ERROR, then the offset that failed:8."""
-    payload = CHUNK_ERROR.pack(error, len(text)) + text + CHUNK_OFFSET.pack(offset)
-    kind = NBD_REPLY_TYPE_ERROR_OFFSET
-    return chunk_header(kind, flags=flags, cookie=cookie, length=len(payload)) + payload
+    payload = error_offset_payload(error, text, offset)
+    return chunk(NBD_REPLY_TYPE_ERROR_OFFSET, payload, flags=flags, cookie=cookie)

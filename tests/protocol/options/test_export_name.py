@@ -60,3 +60,11 @@ def test_structured_replies_show_in_the_flags() -> None:
     answer = script.raw(wire.option(c.NBD_OPT_EXPORT_NAME, b"disk"))
 
     assert answer == wire.EXPORT_NAME_REPLY.pack(DISK.size, FLAGS | c.NBD_FLAG_SEND_DF)
+
+
+def test_extended_headers_go_with_go_only() -> None:
+    script = Script()
+    script.option(c.NBD_OPT_EXTENDED_HEADERS)
+
+    assert script.raw(wire.option(c.NBD_OPT_EXPORT_NAME, b"disk")) == b""
+    assert "NBD_OPT_EXTENDED_HEADERS" in script.closed.reason

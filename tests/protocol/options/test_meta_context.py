@@ -60,6 +60,14 @@ def listed(*queries: str) -> list[str]:
         (["qemu:dirty-bitmap:"], [BITMAP, COLONS]),
         ([COLONS], [COLONS]),
         (["qemu:dirty"], []),
+        (["qemu:dirty-bitmap:b0:"], []),
+        (["qemu:dirty-bitmap:b0:2026:"], []),
+        (["qemu:dirty-bitmap"], []),
+        ([DEPTH, "qemu:dirty-bitmap:"], [BITMAP, COLONS, DEPTH]),
+        (["qemu:", "qemu:dirty-bitmap:", BITMAP, "qemu:"], [BITMAP, COLONS, DEPTH]),
+        (["qemu:allocation-depth:"], []),
+        (["qemu:unknown", "QEMU:", "Base:"], []),
+        (["x-nbdfleece:"], []),
         (["base:unknown", "x-other:", "x-other:y", "base", "", ":"], []),
         ([BASE, BASE, "base:"], [BASE]),
         (["qemu:", "base:"], [BASE, BITMAP, COLONS, DEPTH]),
@@ -110,6 +118,24 @@ def test_set_needs_structured_replies() -> None:
     one = script(structured=False)
 
     assert one.outcome_type(SET, query("rich", BASE)) == c.NBD_REP_ERR_INVALID
+
+
+def test_extended_headers_are_as_good_as_structured_replies() -> None:
+    one = script(structured=False)
+    one.option(c.NBD_OPT_EXTENDED_HEADERS)
+
+    assert contexts(one.option(SET, query("rich", DEPTH))) == [(3, DEPTH)]
+    one.option(c.NBD_OPT_GO, wire.info_request(b"rich", []))
+    assert one.transmission.contexts == ((3, DEPTH),)
+
+
+def test_longest_context_name_is_listed_and_set() -> None:
+    long = "qemu:dirty-bitmap:" + "b" * (4096 - 18)
+    one = Script(FakeDirectory(exports=[dataclasses.replace(DISK, contexts=(BASE, long))]))
+    one.option(c.NBD_OPT_STRUCTURED_REPLY)
+
+    assert contexts(one.option(LIST, query("disk", "qemu:"))) == [(0, long)]
+    assert contexts(one.option(SET, query("disk", long))) == [(1, long)]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,11 @@ def answer_export_name(haggle: Haggle, option: Option) -> bytes:
     """Choose the export whose name is the option's whole data ("" is the default export).
 
     Raises:
-        PeerViolation: No such export, or a name that cannot be one: this option has no other no.
+        PeerViolation: No such export, a name that cannot be one, or extended headers, which go with
+            NBD_OPT_GO only: this option has no other no.
     """
+    if haggle.extended:
+        raise PeerViolation("NBD_OPT_EXPORT_NAME after NBD_OPT_EXTENDED_HEADERS")
     try:
         export = haggle.find(decode(option.data, "export name"))
     except OptionRefused as refusal:

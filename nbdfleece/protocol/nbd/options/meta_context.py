@@ -1,10 +1,12 @@
 """NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT: what BLOCK_STATUS can tell, and shall.
 
-A query is `namespace:leaf`. For LIST, one that ends in a colon asks for all contexts that begin
-with it (`base:`, `qemu:`, `qemu:dirty-bitmap:`), and no query at all asks for every context; for
-SET only exact names select. What is not known, or has no colon, is passed over.
+A query is `namespace:leaf`. For LIST, a bare namespace with its colon asks for all contexts in it
+(`base:`, `qemu:`), `qemu:dirty-bitmap:` for all bitmaps, and no query at all for every context; for
+SET only exact names select. What is not known, or has no colon, is passed over. Any further colons
+belong to the leaf: a bitmap may have them in its name.
 
-Spec: NBD proto.md "Metadata querying", "Option types" (NBD_OPT_SET_META_CONTEXT).
+Spec: NBD proto.md "Metadata querying", "Option types" (NBD_OPT_SET_META_CONTEXT); for `qemu:`,
+"NBD metadata contexts" in docs/interop/nbd.txt of QEMU.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from nbdfleece.base.errors import OptionRefused
 from nbdfleece.base.limits import MAX_META_DATA, MAX_META_QUERIES
 from nbdfleece.protocol.nbd import wire
 from nbdfleece.protocol.nbd.constants import (
+    NBD_META_QEMU_DIRTY_BITMAP,
     NBD_REP_ACK,
     NBD_REP_ERR_INVALID,
     NBD_REP_ERR_TOO_BIG,
@@ -49,7 +52,7 @@ def answer_set_meta_context(haggle: Haggle, option: Option) -> bytes:
     haggle.contexts = ()
     haggle.contexts_of = None
     if not haggle.structured:
-        raise OptionRefused(NBD_REP_ERR_INVALID, "structured replies come first")
+        raise OptionRefused(NBD_REP_ERR_INVALID, "structured replies or extended headers first")
     name, queries = parse_meta_request(option)
     export = haggle.find(name)
     asked = frozenset(queries)
@@ -109,7 +112,12 @@ def _listed(export: ExportInfo, queries: list[str]) -> list[str]:
     if not queries:
         return list(export.contexts)
     exact = frozenset(queries)
-    wildcards = tuple(query for query in exact if query.endswith(":"))
-    return [
-        context for context in export.contexts if context in exact or context.startswith(wildcards)
-    ]
+    return [context for context in export.contexts if not exact.isdisjoint(_queries_for(context))]
+
+
+def _queries_for(context: str) -> tuple[str, ...]:
+    """Return the queries of a LIST that find `context`."""
+    namespace, colon, _ = context.partition(":")
+    if context.startswith(NBD_META_QEMU_DIRTY_BITMAP):
+        return context, namespace + colon, NBD_META_QEMU_DIRTY_BITMAP
+    return context, namespace + colon

@@ -1,9 +1,9 @@
-"""NBD_OPT_STARTTLS on a server without TLS ("NOTLS mode").
+"""NBD_OPT_STARTTLS: agree to go on over TLS, or say why not.
 
-With TLS the answer is an acknowledgement, and then a new `Haggle`: nothing agreed on in plain text
-may survive (CVE-2021-3716), and no plain text received behind the option may be processed.
+The acknowledgement ends the haggle: nothing agreed on in plain text may survive (CVE-2021-3716).
+That no plain text behind the option is taken for what comes over TLS is up to `handshake`.
 
-Spec: NBD proto.md "TLS support".
+Spec: NBD proto.md "TLS support", "Option types" (NBD_OPT_STARTTLS).
 """
 
 from __future__ import annotations
@@ -11,18 +11,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import OptionRefused
-from nbdfleece.protocol.nbd.constants import NBD_REP_ERR_POLICY
+from nbdfleece.protocol.nbd import wire
+from nbdfleece.protocol.nbd.constants import (
+    NBD_REP_ACK,
+    NBD_REP_ERR_INVALID,
+    NBD_REP_ERR_POLICY,
+)
+from nbdfleece.protocol.nbd.haggle import TlsMode
 
 if TYPE_CHECKING:
     from nbdfleece.protocol.nbd.haggle import Haggle, Option
 
 
 def answer_starttls(haggle: Haggle, option: Option) -> bytes:
-    """Refuse: the option is known, but TLS is not configured.
+    """End this haggle for one over TLS.
 
     Raises:
-        OptionRefused: NBD_REP_ERR_POLICY, or NBD_REP_ERR_INVALID for an option with data.
+        OptionRefused: NBD_REP_ERR_POLICY: the option is known, but there is no TLS here;
+            NBD_REP_ERR_INVALID: TLS is on already, or the option has data.
     """
-    del haggle  # the refusal depends on nothing
     option.require_empty()
-    raise OptionRefused(NBD_REP_ERR_POLICY, "TLS is not configured")
+    if haggle.tls_mode is TlsMode.OFF:
+        raise OptionRefused(NBD_REP_ERR_POLICY, "TLS is not configured")
+    if haggle.tls:
+        raise OptionRefused(NBD_REP_ERR_INVALID, "TLS is on already")
+    haggle.starting_tls = True
+    return wire.option_reply(option.number, NBD_REP_ACK)
