@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from nbdfleece.base.units import KiB, MiB
 
 if TYPE_CHECKING:
-    import socket
+    from nbdfleece.datapath.stream import Stream
 
 CAPACITY: Final = 256 * KiB
 _LAZY_FROM: Final = 1 * MiB  # larger payloads get memory that costs nothing until it is filled
@@ -52,7 +52,12 @@ class Inbox:
         """Tell whether there is no room to receive anything: the parser must go on first."""
         return self._payload is None and self.tail == CAPACITY and self.head == 0
 
-    def receive(self, sock: socket.socket) -> int:
+    @property
+    def progress(self) -> int:
+        """What changes while a long payload, wanted or not, comes in."""
+        return self.skipping if self._payload is None else self._have
+
+    def receive(self, stream: Stream) -> int:
         """Receive once; `is_full` does not hold.
 
         Returns:
@@ -63,12 +68,12 @@ class Inbox:
             OSError: The connection failed.
         """
         if self._payload is not None:
-            count = sock.recv_into(self._payload[self._have :])
+            count = stream.recv_into(self._payload[self._have :])
             self._have += count
             return count
         if self.tail == CAPACITY or self.head == self.tail:
             self.make_room()
-        count = sock.recv_into(self.view[self.tail :])
+        count = stream.recv_into(self.view[self.tail :])
         self.tail += count
         return count
 

@@ -9,7 +9,7 @@ Invariants
   O1  What is put in is a whole reply or whole chunks of one; it goes out unbroken, in order.
   O2  `blocked` holds exactly while the socket has taken less than there was; the pump begins
       nothing then, so what waits is bounded by the requests that had begun.
-  O3  A client that takes not one byte for WRITE_STALL_S is dropped.
+  O3  A client that takes not one byte for `stall_s` is dropped.
 
 # FAST: one send per wake-up instead of one per reply; by estimate half the cost of a 4 KiB read at
 # depth 16 (not measured apart from the rest); plain form in tests/reference/pump.py
@@ -22,12 +22,14 @@ import mmap
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from nbdfleece.base.limits import READ_PIECE, WRITE_STALL_S
+from nbdfleece.base.limits import READ_PIECE
 from nbdfleece.base.units import KiB
+from nbdfleece.datapath.stream import RETRY_S, WantsRead
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
+
+    from nbdfleece.datapath.stream import Stream
 
 CAPACITY: Final = READ_PIECE + 64 * KiB
 SEND_AT: Final = 96 * KiB  # so much waiting is worth a system call before the batch is over
@@ -37,9 +39,10 @@ class Outbox:
     """Queued replies of one connection.
 
     Args:
-        sock: Non-blocking; stays the caller's.
+        stream: Stays the caller's.
         on_room: Called when a blocked socket has taken everything.
         on_dead: Called with a reason when the socket fails, or takes nothing for too long.
+        stall_s: See O3.
 
     Attributes:
         buffer: Where replies are made: [sent, filled) is unsent, the rest is free.
@@ -49,10 +52,15 @@ class Outbox:
     """
 
     def __init__(
-        self, sock: socket.socket, on_room: Callable[[], None], on_dead: Callable[[str], None]
+        self,
+        stream: Stream,
+        on_room: Callable[[], None],
+        on_dead: Callable[[str], None],
+        stall_s: float,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._sock = sock
+        self._stream = stream
+        self._stall_s = stall_s
         self._on_room = on_room
         self._on_dead = on_dead
         # Anonymous memory costs nothing until it is used, unlike a bytearray.
@@ -63,6 +71,7 @@ class Outbox:
         self._sent = 0
         self._backlog: deque[memoryview] = deque()
         self._stall: asyncio.TimerHandle | None = None
+        self._retry: asyncio.TimerHandle | None = None
         self._closed = False
 
     def is_empty(self) -> bool:
@@ -73,7 +82,7 @@ class Outbox:
         """Tell whether a reply of `size` bytes may be made in place now; sends if that helps."""
         if self._backlog or self.filled + size > CAPACITY:  # the backlog goes out behind the buffer
             self.flush()
-        return not self.blocked
+        return not (self.blocked or self._closed)  # that flush may have found the peer gone
 
     def put(self, reply: bytes | bytearray) -> None:
         """Queue a reply; the caller sees to a `flush` later."""
@@ -88,7 +97,7 @@ class Outbox:
         """Send what is queued, as far as the socket takes it."""
         if self._closed:
             return
-        send = self._sock.send
+        send = self._stream.send
         try:
             while self._sent < self.filled:
                 self._sent += send(self.view[self._sent : self.filled])
@@ -100,11 +109,8 @@ class Outbox:
                     self._backlog.popleft()
                 else:
                     self._backlog[0] = first[count:]
-        except (BlockingIOError, InterruptedError):
-            if not self.blocked:
-                self.blocked = True
-                self._loop.add_writer(self._sock, self.flush)
-                self._watch_stall(self._waiting())
+        except (BlockingIOError, InterruptedError) as obstacle:
+            self._wait(wants_read=isinstance(obstacle, WantsRead))
             return
         except OSError as error:
             self._on_dead(f"send failed: {error.strerror}")
@@ -112,6 +118,10 @@ class Outbox:
         if self.blocked:
             self._unblock()
             self._on_room()
+
+    def wait_for_room(self) -> None:
+        """Be blocked until the socket takes something, which TLS has of its own to send."""
+        self._wait(wants_read=False)
 
     def close(self) -> None:
         """Forget what is queued; nothing is sent any more. The socket is still open."""
@@ -121,11 +131,32 @@ class Outbox:
             self._sent = self.filled = 0
             self._backlog.clear()
 
+    def _wait(self, *, wants_read: bool) -> None:
+        """Be blocked; `flush` is called when it may help."""
+        if not self.blocked:
+            self._watch_stall(self._waiting())
+        if wants_read:
+            self._cancel_retry()
+            # The reader of the socket is the pump's, and has it off while we are blocked. A writer
+            # would be called all the time. So rare that looking again and again will do.
+            self._loop.remove_writer(self._stream.fileno())
+            self._retry = self._loop.call_later(RETRY_S, self.flush)
+        elif not self.blocked or self._retry is not None:
+            self._loop.add_writer(self._stream.fileno(), self.flush)
+            self._cancel_retry()
+        self.blocked = True
+
     def _unblock(self) -> None:
         self.blocked = False
-        self._loop.remove_writer(self._sock)
+        self._loop.remove_writer(self._stream.fileno())
+        self._cancel_retry()
         if self._stall is not None:
             self._stall.cancel()
+
+    def _cancel_retry(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
 
     def _waiting(self) -> tuple[int, int, int]:
         """Return what changes whenever the socket takes anything."""
@@ -136,8 +167,8 @@ class Outbox:
         def look() -> None:
             now = self._waiting()
             if now == before:
-                self._on_dead(f"the client takes no data for {WRITE_STALL_S:.0f} s")
+                self._on_dead(f"the client takes no data for {self._stall_s:g} s")
             else:
                 self._watch_stall(now)
 
-        self._stall = self._loop.call_later(WRITE_STALL_S, look)
+        self._stall = self._loop.call_later(self._stall_s, look)

@@ -18,95 +18,117 @@ Invariants
       chunk follows what was sent.
   P6  A drain waits for disks and never for the client: a long READ is sent in pieces, and between
       two pieces it is not in flight.
+  P7  Once retired, nothing of the export is touched again but by requests in flight.
 
-Spec: NBD proto.md "Transmission phase", "Structured reply chunk types".
+Over TLS the same holds; what TLS has received and decrypts later is looked for in turns of the
+loop, since no poll of the socket announces it.
+
+Spec: NBD proto.md "Transmission phase", "Structured reply chunk types"; for extended headers, the
+same on the branch extension-ext-header.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections import deque
-from struct import Struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from nbdfleece.base.errors import IoError
-from nbdfleece.base.extent import Extent, clip, merge
+from nbdfleece.base.errors import IoError, PeerViolation
 from nbdfleece.base.limits import (
+    IDLE_TIMEOUT_S,
     MAX_BYTES_IN_FLIGHT,
-    MAX_DRAINED_PAYLOAD,
-    MAX_ERROR_TEXT,
-    MAX_EXTENT_LENGTH,
     MAX_REQUESTS_IN_FLIGHT,
-    MAX_STATUS_EXTENTS,
     READ_PIECE,
+    WRITE_STALL_S,
 )
 from nbdfleece.base.units import KiB, MiB
-from nbdfleece.datapath.inbox import CAPACITY as INBOX_CAPACITY
+from nbdfleece.datapath.idle import IdleWatch
 from nbdfleece.datapath.inbox import Inbox
-from nbdfleece.datapath.outbox import SEND_AT, Outbox
+from nbdfleece.datapath.outbox import Outbox
+from nbdfleece.datapath.replies import is_hole, replies_of
+from nbdfleece.datapath.status import block_status, memory_needed
 from nbdfleece.datapath.step import Step, let_others_run
+from nbdfleece.datapath.stream import WantsWrite
+from nbdfleece.datapath.tls import TlsStream
+from nbdfleece.datapath.verbs import carry_out
 from nbdfleece.datapath.workers import completions
 from nbdfleece.protocol.nbd import wire
 from nbdfleece.protocol.nbd.constants import (
     NBD_CMD_BLOCK_STATUS,
-    NBD_CMD_CACHE,
     NBD_CMD_DISC,
     NBD_CMD_FLAG_DF,
-    NBD_CMD_FLAG_FAST_ZERO,
     NBD_CMD_FLAG_FUA,
-    NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_FLAG_PAYLOAD_LEN,
     NBD_CMD_FLAG_REQ_ONE,
     NBD_CMD_FLUSH,
     NBD_CMD_READ,
-    NBD_CMD_TRIM,
     NBD_CMD_WRITE,
-    NBD_CMD_WRITE_ZEROES,
+    NBD_EINVAL,
     NBD_EIO,
+    NBD_ESHUTDOWN,
+    NBD_EXTENDED_REQUEST_MAGIC,
     NBD_FLAG_READ_ONLY,
-    NBD_REPLY_FLAG_DONE,
-    NBD_REPLY_TYPE_OFFSET_DATA,
     NBD_REQUEST_MAGIC,
-    NBD_SIMPLE_REPLY_MAGIC,
-    NBD_STRUCTURED_REPLY_MAGIC,
 )
 from nbdfleece.protocol.nbd.errno_map import to_nbd_error
-from nbdfleece.protocol.nbd.request import check
+from nbdfleece.protocol.nbd.request import (
+    check,
+    max_status_filter,
+    parse_status_filter,
+    payload_length,
+)
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Coroutine
 
-    from nbdfleece.datapath.route import Route, StatusFunction
+    from nbdfleece.datapath.replies import Request
+    from nbdfleece.datapath.route import Route
+    from nbdfleece.datapath.status import Context
+    from nbdfleece.datapath.stream import Stream
 
 _log = logging.getLogger(__name__)
 
-_HEADER: Final = wire.REQUEST.size
 _INLINE_PAYLOAD: Final = 64 * KiB  # larger WRITE payloads are received into their own buffer
 _TURN_BYTES: Final = 2 * MiB  # read for one client before others get their turn
 _UNIX_SEND_BUFFER: Final = 1 * MiB
-_MIN_HOLE: Final = 4 * KiB
 _PIECE_OVERHEAD: Final = 64
 
-# One whole header each, for pack_into: OFFSET_DATA chunk up to its data, and simple reply.
-_DATA_CHUNK: Final = Struct(wire.CHUNK_HEADER.format + wire.CHUNK_OFFSET.format[1:])
-_DATA_CHUNK_SIZE: Final = _DATA_CHUNK.size
-_SIMPLE_SIZE: Final = wire.SIMPLE_REPLY.size
-_ZEROES: Final = bytes(READ_PIECE)
 
-Request = tuple[int, int, int, int, int]
-"""(flags, command, cookie, offset, length) of one request."""
+@dataclass(frozen=True, slots=True)
+class PumpLimits:
+    """What one client may do in transmission.
+
+    Attributes:
+        requests: In flight; then its socket is not read.
+        bytes_in_flight: Payloads and buffers of those; likewise.
+        stall_s: It is dropped when it takes no byte of a reply for so long.
+        idle_s: It is dropped when it asks for nothing for so long; None or 0: never.
+    """
+
+    requests: int = MAX_REQUESTS_IN_FLIGHT
+    bytes_in_flight: int = MAX_BYTES_IN_FLIGHT
+    stall_s: float = WRITE_STALL_S
+    idle_s: float | None = IDLE_TIMEOUT_S
+
+
+_DEFAULT_LIMITS: Final = PumpLimits()
 
 
 class Pump:
     """Carries out the requests of one connection.
 
     Args:
-        sock: Connected, non-blocking, behind the handshake. Owned by the pump from now on.
+        stream: Connected, non-blocking, behind the handshake. Owned by the pump from now on.
         route: The export; may be replaced while the pump is paused.
         structured: Structured replies were negotiated.
+        extended: Extended headers were; `structured` does not matter then.
         contexts: Negotiated metadata contexts: (id, status function), in order of negotiation.
         leftover: Bytes received behind the handshake.
+        limits: What the client may do.
 
     Attributes:
         contexts: As given.
@@ -120,41 +142,51 @@ class Pump:
 
     def __init__(
         self,
-        sock: socket.socket,
+        stream: Stream,
         route: Route,
         *,
         structured: bool,
-        contexts: list[tuple[int, StatusFunction]],
+        contexts: list[Context],
         leftover: bytes,
+        extended: bool = False,
+        limits: PumpLimits = _DEFAULT_LIMITS,
     ) -> None:
         self.route = route
         self.contexts = contexts
         self.in_flight = 0
         self.requests = self.bytes_read = self.bytes_written = 0
-        self._sock = sock
-        self._structured = structured
+        self._stream = stream
+        self._tls = stream if isinstance(stream, TlsStream) else None
+        self._max_requests, self._max_bytes = limits.requests, limits.bytes_in_flight
+        self._structured, self._extended = structured or extended, extended
+        self._replies = replies_of(structured=structured, extended=extended)
+        self._success = self._replies.success
+        self._layout = wire.EXTENDED_REQUEST if extended else wire.REQUEST
         self._completions = completions()
         self._loop = self._completions.loop
         self.closed: asyncio.Future[str | None] = self._loop.create_future()
-        self._out = Outbox(sock, self._plan_turn, self.abort)
+        self._out = Outbox(stream, self._plan_turn, self.abort, limits.stall_s)
         self._in = Inbox(leftover)
         self._incoming: tuple[Request, int] | None = None  # WRITE not all here, and its error
-        self._longs: deque[tuple[int, int, int]] = deque()  # READs half sent: cookie, offset, left
+        self._longs: deque[tuple[Request, int]] = deque()  # READs half sent, and how far
         self._bytes_in_flight = self._pauses = 0
         self._reading = self._working = False  # the socket is watched; inside _work
-        self._flush_planned = self._turn_planned = False
+        self._flush_planned = self._turn_planned = self._look_planned = False
         self._hungry = False  # nothing more can be begun with the bytes we have
+        self._retired = False
         self._finishing = self._gone = False  # close when all is replied to; socket closed
         self._reason: str | None = None
         self._idle_waiters: list[asyncio.Future[None]] = []
-        if sock.family == socket.AF_UNIX:
+        self._idle = IdleWatch(self._loop, limits.idle_s, self._progress, self.abort)
+        if stream.family == socket.AF_UNIX:
             # Big enough that a 256 KiB reply goes out in one call. TCP sizes its own.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
 
     # --- life ------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to serve."""
+        self._idle.start()
         self._work()
 
     def pause(self) -> None:
@@ -178,6 +210,10 @@ class Pump:
             self._idle_waiters.append(waiter)
             await waiter
 
+    def retire(self) -> None:
+        """Answer all further requests with NBD_ESHUTDOWN; the client stays until it leaves (P7)."""
+        self._retired = True
+
     def finish(self) -> None:
         """Begin no more requests; close when those in flight have been replied to."""
         self._finishing = True
@@ -190,6 +226,12 @@ class Pump:
         if self._reason is None:
             self._reason = reason
         self._hang_up()
+
+    def _progress(self) -> tuple[int, int] | None:
+        """Return what changes when the client asks for something or sends it; None: it waits."""
+        if self.in_flight or self._longs or self._pauses or self._out.blocked:
+            return None
+        return self.requests, self._in.progress
 
     # --- receiving ---------------------------------------------------------------------------
 
@@ -208,8 +250,12 @@ class Pump:
     def _receive(self) -> bool:
         """Receive once; tell whether there is anything new to work on."""
         try:
-            if not self._in.is_full() and self._in.receive(self._sock) == 0:
+            if not self._in.is_full() and self._in.receive(self._stream) == 0:
                 self._received_eof()
+        except WantsWrite:
+            self._out.wait_for_room()
+            self._update_reader()
+            return False
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
@@ -252,8 +298,8 @@ class Pump:
             self._out.blocked
             or self._pauses
             or self._gone
-            or self.in_flight >= MAX_REQUESTS_IN_FLIGHT
-            or self._bytes_in_flight >= MAX_BYTES_IN_FLIGHT
+            or self.in_flight >= self._max_requests
+            or self._bytes_in_flight >= self._max_bytes
         )
 
     def _begin_requests(self) -> None:
@@ -262,10 +308,23 @@ class Pump:
         # FAST: cached reads are served in this loop without a coroutine: 6 microseconds per 4 KiB
         # read at depth 16 as a client sees it, in all; plain form in tests/reference/pump.py
         """
-        unpack, inbox = wire.REQUEST.unpack_from, self._in
+        unpack, header = self._layout.unpack_from, self._layout.size
+        inbox, out = self._in, self._out
+        max_requests, max_bytes = self._max_requests, self._max_bytes
+        right_magic = NBD_EXTENDED_REQUEST_MAGIC if self._extended else NBD_REQUEST_MAGIC
+        write_flags = NBD_CMD_FLAG_PAYLOAD_LEN if self._extended else 0
+        route = self.route  # is not replaced while we are in here, as that needs a pause
+        size = -1 if self._retired else route.size
+        put_read, read_now = self._replies.put_read, route.read_now
         budget = _TURN_BYTES
         self._hungry = False
-        while self._may_begin():
+        while not (  # as `_may_begin`
+            out.blocked
+            or self._pauses
+            or self._gone
+            or self.in_flight >= max_requests
+            or self._bytes_in_flight >= max_bytes
+        ):
             if self._longs:
                 budget -= self._continue_long()
             elif self._incoming is not None:
@@ -274,97 +333,139 @@ class Pump:
                     return
             else:
                 head = inbox.head
-                if inbox.tail - head < _HEADER:
+                if inbox.tail - head < header:
                     self._hungry = True
                     return
                 magic, flags, command, cookie, offset, length = unpack(inbox.view, head)
-                if magic != NBD_REQUEST_MAGIC:
+                if magic != right_magic:
                     self.abort(f"bad request magic {magic:#010x}")
                     return
-                route = self.route
                 if (
                     command == NBD_CMD_READ
                     and not flags
                     and 0 < length <= READ_PIECE
-                    and offset + length <= route.size
+                    and offset + length <= size
                 ):
                     # The usual request; everything about it is known to be right.
-                    if not self._out.has_room(length + _PIECE_OVERHEAD):
+                    if not out.has_room(length + _PIECE_OVERHEAD):
                         return
-                    inbox.head = head + _HEADER
+                    inbox.head = head + header
                     self.requests += 1
-                    self._read_piece(cookie, offset, length, done=True)
+                    if put_read(out, read_now, cookie, offset, offset, length, True):
+                        self.bytes_read += length
+                    else:
+                        self._begin_slow_read((flags, command, cookie, offset, length), 0, length)
                     budget -= length
                 elif (
                     command == NBD_CMD_WRITE
-                    and not flags
-                    and 0 < length <= inbox.tail - head - _HEADER
-                    and offset + length <= route.size
+                    and flags == write_flags
+                    and 0 < length <= inbox.tail - head - header
+                    and offset + length <= size
                     and not route.flags & NBD_FLAG_READ_ONLY
                 ):
                     # The usual short WRITE, all here. Its payload is copied: the inbox is used
                     # again before the write is over.
-                    start = head + _HEADER
+                    start = head + header
                     inbox.head = start + length
                     self.requests += 1
                     data = memoryview(bytes(inbox.view[start : start + length]))
                     self._begin_write((flags, command, cookie, offset, length), data)
                     budget -= 4 * KiB
-                elif not self._out.has_room(_PIECE_OVERHEAD):  # what waits to be sent is bounded
+                elif not out.has_room(_PIECE_OVERHEAD):  # what waits to be sent is bounded
                     return
                 elif not self._begin_other((flags, command, cookie, offset, length)):
                     self._hungry = True
                     return
                 else:
-                    budget -= length if command == NBD_CMD_READ else 4 * KiB
+                    budget -= min(length, READ_PIECE) if command == NBD_CMD_READ else 4 * KiB
             if budget < 0:
                 self._plan_turn()
                 return
 
     def _begin_other(self, request: Request) -> bool:
         """Begin any other request; False when its payload is not here yet, or it is the last."""
-        flags, command, cookie, offset, length = request
-        route = self.route
+        flags, command, _, _, length = request
         if command == NBD_CMD_DISC:
             self._in.clear()
             self._finishing = True
             return False
-        error = check(
-            command, flags, offset, length, route.size, route.flags, self._structured,
-            bool(self.contexts),
-        )  # fmt: skip
-        if command == NBD_CMD_WRITE and length:
+        try:
+            payload = payload_length(command, flags, length, extended=self._extended)
+        except PeerViolation as violation:
+            self.abort(str(violation))
+            return False
+        if command == NBD_CMD_BLOCK_STATUS and 0 < payload <= max_status_filter(len(self.contexts)):
+            return self._take_status_filter(request, payload)
+        error = self._error_of(request)
+        if payload:
+            if command != NBD_CMD_WRITE:
+                error = error or NBD_EINVAL
             return self._take_payload(request, error)
-        self._in.head += _HEADER
+        self._in.head += self._layout.size
         self.requests += 1
+        self._carry_out(request, error, self.contexts)
+        return True
+
+    def _error_of(self, request: Request) -> int:
+        """Return the NBD error that a request deserves now, or 0."""
+        if self._retired:
+            return NBD_ESHUTDOWN
+        flags, command, _, offset, length = request
+        route = self.route
+        return check(
+            command, flags, offset, length, route.size, route.flags, self._structured,
+            bool(self.contexts), self._extended,
+        )  # fmt: skip
+
+    def _carry_out(self, request: Request, error: int, contexts: list[Context]) -> None:
+        """Begin a request that has no payload (any more), or refuse it."""
+        _, command, _, _, length = request
         if error:
-            self._reply_error(request, error, "")
+            self._refuse(request, error)
         elif command == NBD_CMD_READ:
             self._begin_read(request)
         elif command == NBD_CMD_BLOCK_STATUS:
-            self._begin(request, self._block_status(request))
+            self._begin_status(request, contexts)
         elif length == 0 and command != NBD_CMD_FLUSH:
-            self._reply_success(cookie)
+            self._emit(self._success(request))
         else:
-            self._begin(request, self._run_plain(request))
+            self._begin(request, carry_out(self.route.io, request, self._nobody_waits))
+
+    def _take_status_filter(self, request: Request, payload: int) -> bool:
+        """Begin, or refuse, a BLOCK_STATUS about some contexts only; False: not all here yet."""
+        flags, command, cookie, offset, _ = request
+        inbox = self._in
+        start = inbox.head + self._layout.size
+        if not self._is_here(start, payload):
+            return False
+        data = bytes(inbox.view[start : start + payload])
+        inbox.head = start + payload
+        self.requests += 1
+        found = parse_status_filter(data, [context for context, _ in self.contexts])
+        if found is None:
+            self._refuse(request, NBD_ESHUTDOWN if self._retired else NBD_EINVAL)
+            return True
+        length, chosen = found
+        request = (flags, command, cookie, offset, length)
+        contexts = [context for context in self.contexts if context[0] in chosen]
+        self._carry_out(request, self._error_of(request), contexts)
         return True
 
+    def _is_here(self, start: int, length: int) -> bool:
+        """Tell whether a payload that begins at `start` is all in the inbox."""
+        return self._in.tail - start >= length
+
     def _take_payload(self, request: Request, error: int) -> bool:
-        """Begin a WRITE, or receive its payload first; a refused one is read and dropped."""
+        """Begin a WRITE, or receive its payload first; what is refused is read and dropped."""
         inbox, length = self._in, request[4]
-        if length > MAX_DRAINED_PAYLOAD:
-            self.abort(f"write of {length} bytes")
-            return False
-        start = inbox.head + _HEADER
-        if not error and inbox.tail - start >= length:  # with flags; others do not come here
+        start = inbox.head + self._layout.size
+        if not error and self._is_here(start, length):  # with flags; others do not come here
             data = memoryview(bytes(inbox.view[start : start + length]))
             inbox.head = start + length
             self.requests += 1
             self._begin_write(request, data)
             return True
         if not error and length <= _INLINE_PAYLOAD:
-            if start + length > INBOX_CAPACITY:
-                inbox.make_room()
             return False
         inbox.head = start
         self.requests += 1
@@ -376,109 +477,74 @@ class Pump:
         return True
 
     def _take_incoming(self) -> bool:
-        """Begin, or refuse, the WRITE whose payload was awaited; False when it is not here yet."""
+        """Begin, or refuse, the request whose payload was awaited; False: it is not here yet."""
         assert self._incoming is not None
         request, error = self._incoming
         if error:
             if not self._in.skip(0):
                 return False
             self._incoming = None
-            self._reply_error(request, error, "")
+            self._refuse(request, error)
         else:
             payload = self._in.take_payload()
             if payload is None:
                 return False
             self._incoming = None
-            self._begin_write(request, payload)
+            if self._retired:
+                self._refuse(request, NBD_ESHUTDOWN)
+            else:
+                self._begin_write(request, payload)
         return True
 
     # --- reading ---------------------------------------------------------------------------
 
-    def _read_piece(self, cookie: int, offset: int, length: int, *, done: bool) -> bool:
-        """Put a READ, or a piece of one, into the outbox, which has room for it.
-
-        Returns:
-            False when the data is not at hand; then a coroutine has taken over all that is left
-            of a short read.
-        """
-        out = self._out
-        at = out.filled
-        if self._structured:
-            start = at + _DATA_CHUNK_SIZE
-            end = start + length
-            if self.route.read_now(offset, out.view[start:end]):
-                self.bytes_read += length
-                if (
-                    not out.buffer[start]
-                    and length >= _MIN_HOLE
-                    and out.buffer[start:end] == _ZEROES[:length]
-                ):
-                    out.put(wire.hole_chunk(cookie, flags=done, offset=offset, length=length))
-                    return True
-                _DATA_CHUNK.pack_into(
-                    out.buffer, at, NBD_STRUCTURED_REPLY_MAGIC, done,
-                    NBD_REPLY_TYPE_OFFSET_DATA, cookie, length + 8, offset,
-                )  # fmt: skip
-                out.filled = end
-                if end >= SEND_AT:
-                    out.flush()
-                return True
-        else:
-            start = at + _SIMPLE_SIZE
-            end = start + length
-            if self.route.read_now(offset, out.view[start:end]):
-                self.bytes_read += length
-                wire.SIMPLE_REPLY.pack_into(out.buffer, at, NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
-                out.filled = end
-                if end >= SEND_AT:
-                    out.flush()
-                return True
-        if done:
-            self._begin_slow_read((0, NBD_CMD_READ, cookie, offset, length), length)
-        return False
-
     def _begin_read(self, request: Request) -> None:
         """Begin a READ that is long, or has flags, or is empty."""
-        flags, _, cookie, offset, length = request
+        flags, _, _, _, length = request
         if length == 0:
-            if self._structured:
-                self._emit(wire.none_chunk(cookie, flags=NBD_REPLY_FLAG_DONE))
-            else:
-                self._reply_success(cookie)
+            self._emit(self._replies.empty_read(request))
         elif self._structured and not flags & NBD_CMD_FLAG_DF:
-            self._longs.append((cookie, offset, length))
+            self._longs.append((request, 0))
         else:
-            self._begin_slow_read(request, length)
+            self._begin_slow_read(request, 0, length)
 
     def _continue_long(self) -> int:
         """Send one piece of the first long READ; return its length."""
-        cookie, offset, left = self._longs[0]
+        request, sent = self._longs[0]
+        _, _, cookie, offset, length = request
+        left = length - sent
         piece = min(left, READ_PIECE)
         if not self._out.has_room(piece + _PIECE_OVERHEAD):
             return 0
         self._longs.popleft()
-        if self._read_piece(cookie, offset, piece, done=left == piece):
-            if left > piece:
-                self._longs.appendleft((cookie, offset + piece, left - piece))
-        elif left > piece:
-            self._begin_slow_read((0, NBD_CMD_READ, cookie, offset, left), piece)
+        if self._retired:
+            self._refuse(request, NBD_ESHUTDOWN)
+            return piece
+        done = piece == left
+        read_now = self.route.read_now
+        if self._replies.put_read(self._out, read_now, cookie, offset, offset + sent, piece, done):
+            self.bytes_read += piece
+            if not done:
+                self._longs.appendleft((request, sent + piece))
+        else:
+            self._begin_slow_read(request, sent, piece)
         return piece
 
-    def _begin_slow_read(self, request: Request, piece: int) -> None:
-        self._begin(request, self._read_slowly(request, piece), piece)
+    def _begin_slow_read(self, request: Request, sent: int, piece: int) -> None:
+        self._begin(request, self._read_slowly(request, sent, piece), piece)
 
-    async def _read_slowly(self, request: Request, piece: int) -> None:
-        """Read what is not cached: `piece` bytes of the request. The rest becomes a long READ.
+    async def _read_slowly(self, request: Request, sent: int, piece: int) -> None:
+        """Read what is not cached: `piece` bytes behind the `sent` ones. The rest becomes long.
 
         So that a request waits in a coroutine for disks only, never for the client: a drain does
         not depend on clients that do not read.
         """
-        _, _, cookie, offset, length = request
-        done = piece == length
-        structured = self._structured
-        header = _DATA_CHUNK_SIZE if structured else _SIMPLE_SIZE
-        buffer = bytearray(header + piece)
-        view = memoryview(buffer)[header:]
+        offset = request[3] + sent
+        done = sent + piece == request[4]
+        replies = self._replies
+        head = replies.data_head
+        buffer = bytearray(head + piece)
+        view = memoryview(buffer)[head:]
         for start in range(0, piece, READ_PIECE):
             part = view[start : start + READ_PIECE]
             if piece == len(part) or not self.route.read_now(offset + start, part):
@@ -486,22 +552,13 @@ class Pump:
             elif start % _TURN_BYTES == 0:
                 await let_others_run()
         self.bytes_read += piece
-        if not structured:
-            wire.SIMPLE_REPLY.pack_into(buffer, 0, NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
-        elif (
-            _MIN_HOLE <= piece <= READ_PIECE
-            and not buffer[header]
-            and (buffer[header:] == _ZEROES[:piece])
-        ):
-            buffer = bytearray(wire.hole_chunk(cookie, flags=done, offset=offset, length=piece))
+        if self._structured and is_hole(buffer, head, piece):
+            self._emit(replies.hole(request, offset, piece, done=done))
         else:
-            _DATA_CHUNK.pack_into(
-                buffer, 0, NBD_STRUCTURED_REPLY_MAGIC, done, NBD_REPLY_TYPE_OFFSET_DATA,
-                cookie, piece + 8, offset,
-            )  # fmt: skip
-        self._emit(buffer)
+            replies.put_data_head(buffer, 0, request, offset, piece, done=done)
+            self._emit(buffer)
         if not done:
-            self._longs.append((cookie, offset + piece, length - piece))
+            self._longs.append((request, sent + piece))
 
     # --- everything else -----------------------------------------------------------------------
 
@@ -511,55 +568,16 @@ class Pump:
         fua = bool(flags & NBD_CMD_FLAG_FUA)
         self._begin(request, self.route.io.write(offset, data, fua=fua), length)
 
-    async def _run_plain(self, request: Request) -> None:
-        """Carry out a request that has neither payload nor data in its reply."""
-        flags, command, _, offset, length = request
-        io, fua = self.route.io, bool(flags & NBD_CMD_FLAG_FUA)
-        if command == NBD_CMD_FLUSH:
-            await io.flush()
-        elif command == NBD_CMD_TRIM:
-            await io.discard(offset, length)
-            if fua:
-                await io.flush()
-        elif command == NBD_CMD_WRITE_ZEROES:
-            await io.write_zeroes(
-                offset,
-                length,
-                fua=fua,
-                may_unmap=not flags & NBD_CMD_FLAG_NO_HOLE,
-                no_fallback=bool(flags & NBD_CMD_FLAG_FAST_ZERO),
-            )
-        else:
-            assert command == NBD_CMD_CACHE
-            await self._fill_cache(offset, length)
+    def _nobody_waits(self) -> bool:
+        """Tell whether requests in flight may take their time."""
+        return not self._pauses and not self._gone
 
-    async def _fill_cache(self, offset: int, length: int) -> None:
-        """Read the range, which leaves it in the page cache, or fails where a READ would."""
-        view = memoryview(bytearray(min(length, READ_PIECE)))
-        while length:
-            piece = view[: min(length, READ_PIECE)]
-            await self.route.io.read(offset, piece)
-            offset += len(piece)
-            length -= len(piece)
-
-    async def _block_status(self, request: Request) -> bytes:
-        """Return the chunks of a BLOCK_STATUS reply: one per context, all over the same range."""
-        flags, _, cookie, offset, length = request
+    def _begin_status(self, request: Request, contexts: list[Context]) -> None:
+        flags, _, _, _, length = request
+        length = min(length, self._replies.longest_status)
         one = bool(flags & NBD_CMD_FLAG_REQ_ONE)
-        length = min(length, MAX_EXTENT_LENGTH) if one else length
-        found = []
-        for context, status in self.contexts:
-            found.append((context, await _collect_extents(status, offset, length, one=one)))
-        end = min(extents[-1].end for _, extents in found)
-        chunks: list[bytes] = []
-        for context, extents in found:
-            descriptors = [(extent.length, extent.flags)
-                           for extent in clip(extents, offset, end - offset)]  # fmt: skip
-            done = len(chunks) == len(found) - 1
-            chunks.append(
-                wire.status_chunk(cookie, flags=done, context=context, descriptors=descriptors)
-            )
-        return b"".join(chunks)
+        held = memory_needed(length, len(contexts), one=one)
+        self._begin(request, block_status(self._replies, request, contexts, length), held)
 
     def _begin(
         self,
@@ -579,7 +597,7 @@ class Pump:
             elif reply is not None:
                 self._emit(reply)
             elif request[1] != NBD_CMD_READ:
-                self._reply_success(request[2])
+                self._emit(self._success(request))
             if not self._working:
                 self._after_request()
 
@@ -599,28 +617,20 @@ class Pump:
 
     # --- replies ---------------------------------------------------------------------------
 
-    def _reply_success(self, cookie: int) -> None:
-        self._emit(wire.simple_reply(0, cookie))
+    def _refuse(self, request: Request, number: int) -> None:
+        """Reply with an error to a request that was not begun, or is not to go on."""
+        text = "the export is being removed" if number == NBD_ESHUTDOWN else ""
+        self._emit(self._replies.error(request, number, text))
 
     def _reply_failure(self, request: Request, error: BaseException) -> None:
         """The request border: whatever a request raised becomes an NBD error."""
         flags, command, _, _, _ = request
         if isinstance(error, IoError):
             number = to_nbd_error(error.wire_errno, command=command, flags=flags)
-            self._reply_error(request, number, error.public)
+            self._emit(self._replies.error(request, number, error.public))
         else:
             _log.error("request %r failed", request, exc_info=error)
-            self._reply_error(request, NBD_EIO, "internal error")
-
-    def _reply_error(self, request: Request, number: int, text: str) -> None:
-        cookie = request[2]
-        if self._structured:
-            message = text.encode()[:MAX_ERROR_TEXT]
-            self._emit(
-                wire.error_chunk(cookie, flags=NBD_REPLY_FLAG_DONE, error=number, text=message)
-            )
-        else:
-            self._emit(wire.simple_reply(number, cookie))
+            self._emit(self._replies.error(request, NBD_EIO, "internal error"))
 
     def _emit(self, reply: bytes | bytearray) -> None:
         """Queue a whole reply, or whole chunks of one, to go out with others of this turn."""
@@ -642,9 +652,18 @@ class Pump:
         if wanted != self._reading:
             self._reading = wanted
             if wanted:
-                self._loop.add_reader(self._sock, self._on_readable)
+                self._loop.add_reader(self._stream.fileno(), self._on_readable)
             elif not self._gone:
-                self._loop.remove_reader(self._sock)
+                self._loop.remove_reader(self._stream.fileno())
+        if wanted and self._tls is not None and not self._look_planned and self._tls.pending():
+            self._look_planned = True
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        """Take what TLS has left, which no poll announces; others have had their turn."""
+        self._look_planned = False
+        if self._reading:
+            self._on_readable()
 
     def _close_when_done(self) -> None:
         """Close the socket when nothing is left to reply; then say so when nothing runs."""
@@ -662,24 +681,12 @@ class Pump:
             return
         self._gone = True
         self._reading = False
-        self._loop.remove_reader(self._sock)
+        self._loop.remove_reader(self._stream.fileno())
         self._out.close()
-        self._sock.close()
+        if self._reason is None:
+            with contextlib.suppress(OSError):
+                self._stream.shutdown(socket.SHUT_WR)
+        self._stream.close()
         self._longs.clear()
+        self._idle.stop()
         self._close_when_done()
-
-
-async def _collect_extents(
-    status: StatusFunction, offset: int, length: int, *, one: bool
-) -> list[Extent]:
-    """Ask for status until the range is covered, or there are enough extents."""
-    end = offset + length
-    extents: list[Extent] = []
-    while offset < end and len(extents) < MAX_STATUS_EXTENTS:
-        found = clip(await status(offset, end - offset), offset, end - offset)
-        assert found, "status makes no progress"
-        extents = merge(extents + found) if extents else merge(found)
-        offset = extents[-1].end
-        if one and len(extents) > 1:
-            break
-    return extents[:1] if one else extents[:MAX_STATUS_EXTENTS]
