@@ -1,5 +1,7 @@
 """Where to listen, as people write it: `unix:PATH`, `tcp:HOST:PORT`, `vsock:CID:PORT`, `fd:N`.
 
+Behind that may stand `,tls=off`, `,tls=allow` or `,tls=require`; a comma in a path is doubled.
+
 An IPv6 address stands in brackets (`tcp:[::1]:10809`); without a host (`tcp::10809`), or with `*`,
 all addresses of the machine are meant. `vsock:any:PORT` is every context id.
 """
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import quote
 
 from nbdfleece.base.errors import ConfigError
+from nbdfleece.protocol.nbd.haggle import TlsMode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +25,7 @@ _FIRST_INHERITED_FD: Final = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
 _UNSPECIFIED_HOSTS: Final = ("", "0.0.0.0", "::")  # noqa: S104 - only shown
 _MAX_PORT: Final = 0xFFFF
 _MAX_U32: Final = 0xFFFFFFFF
+_TLS_MODES: Final = {"off": TlsMode.OFF, "allow": TlsMode.ALLOW, "require": TlsMode.REQUIRE}
 _SHOWN_PLAIN: Final = "@"  # in export names of URIs: DISK@SNAPSHOT stays readable
 
 
@@ -35,10 +39,10 @@ class UnixAddress:
         """Return the address as `parse_listen` takes it."""
         return f"unix:{self.path}"
 
-    def uri(self, export: str) -> str:
+    def uri(self, export: str, *, tls: bool = False) -> str:
         """Return the NBD URI of an export here."""
         name = quote(export, safe=_SHOWN_PLAIN)
-        return f"nbd+unix:///{name}?socket={quote(self.path)}"
+        return f"{_scheme(tls)}+unix:///{name}?socket={quote(self.path)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,10 @@ class TcpAddress:
         """Return the address as `parse_listen` takes it."""
         return f"tcp:{_bracketed(self.host)}:{self.port}"
 
-    def uri(self, export: str) -> str:
+    def uri(self, export: str, *, tls: bool = False) -> str:
         """Return the NBD URI of an export here, as seen from this machine."""
         host = "localhost" if self.host in _UNSPECIFIED_HOSTS else _bracketed(self.host)
-        return f"nbd://{host}:{self.port}/{quote(export, safe=_SHOWN_PLAIN)}"
+        return f"{_scheme(tls)}://{host}:{self.port}/{quote(export, safe=_SHOWN_PLAIN)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +73,9 @@ class VsockAddress:
         """Return the address as `parse_listen` takes it."""
         return f"vsock:{'any' if self.cid == VSOCK_ANY else self.cid}:{self.port}"
 
-    def uri(self, export: str) -> str:
+    def uri(self, export: str, *, tls: bool = False) -> str:
         """Return the NBD URI of an export here (an extension of libnbd)."""
-        return f"nbd+vsock://{self.cid}:{self.port}/{quote(export, safe=_SHOWN_PLAIN)}"
+        return f"{_scheme(tls)}+vsock://{self.cid}:{self.port}/{quote(export, safe=_SHOWN_PLAIN)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,32 @@ class FdAddress:
 
 
 Address: TypeAlias = UnixAddress | TcpAddress | VsockAddress | FdAddress
+
+
+def _scheme(tls: bool) -> str:
+    return "nbds" if tls else "nbd"
+
+
+def split_tls(text: str) -> tuple[str, TlsMode | None]:
+    """Return an address without what stands behind it, and the TLS mode if that is said.
+
+    Raises:
+        ConfigError: Something else stands there.
+    """
+    if "\0" in text:
+        raise ConfigError(f"{text!r}: contains a NUL byte")
+    place, *options = text.replace(",,", "\0").split(",")
+    mode: TlsMode | None = None
+    for option in options:
+        key, _, value = option.partition("=")
+        if key != "tls":
+            raise ConfigError(f"'{text}': '{option}' is not tls=off, tls=allow or tls=require")
+        if mode is not None:
+            raise ConfigError(f"'{text}': tls is said twice")
+        mode = _TLS_MODES.get(value)
+        if mode is None:
+            raise ConfigError(f"'{text}': tls is off, allow or require, not '{value}'")
+    return place.replace("\0", ","), mode
 
 
 def parse_listen(text: str) -> Address:

@@ -5,7 +5,8 @@ Invariants
       meanwhile.
   E2  The route changes only when the root edge does, which happens in a drained section; no
       running request sees two nodes.
-  E3  An export counts as idle only when every request of every connection it ever had has ended,
+  E3  Each connection has a route of its own, with the flags that its client was told.
+  E4  An export counts as idle only when every request of every connection it ever had has ended,
       whatever became of the connection.
 """
 
@@ -31,15 +32,19 @@ from nbdfleece.protocol.nbd.constants import (
     NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
     NBD_META_BASE_ALLOCATION,
+    NBD_META_QEMU_ALLOCATION_DEPTH,
+    NBD_META_QEMU_DIRTY_BITMAP,
 )
 from nbdfleece.protocol.nbd.haggle import ExportInfo
 
 if TYPE_CHECKING:
-    import socket
+    from collections.abc import Callable, Mapping
 
     from nbdfleece.base.extent import Extent
     from nbdfleece.block.child import Child
     from nbdfleece.block.node import Node
+    from nbdfleece.datapath.pump import PumpLimits
+    from nbdfleece.datapath.stream import Stream
     from nbdfleece.protocol.nbd.handshake import Transmission
 
 # A flush reaches the one node behind all connections, so several of them are as good as one.
@@ -78,25 +83,44 @@ class ExportOptions:
 class Export:
     """One export, and the parent of the edge to its root node (block.child.Parent).
 
+    Args:
+        options: How the node is offered.
+        generation: Tells this export from an earlier one of the same name.
+        bitmaps: What `qemu:dirty-bitmap:NAME` tells, by NAME.
+
     Attributes:
         options: How the node is offered.
         generation: Tells this export from an earlier one of the same name.
         root: The edge to the node; None before it is attached and after it is detached.
         is_closing: No new connection may use it.
+        is_retired: Further requests of its clients are answered NBD_ESHUTDOWN.
+        is_cut_off: Its clients are disconnected.
+        when_unused: Called as soon as `is_used` is false; None: nobody waits for that.
         refusal: What clients that ask for it are told in place of getting it; empty: they get it.
         holders: Sessions that have chosen it.
         pumps: Connections in transmission; a pump leaves when all of its requests have ended.
     """
 
-    def __init__(self, options: ExportOptions, *, generation: int) -> None:
+    def __init__(
+        self,
+        options: ExportOptions,
+        *,
+        generation: int,
+        bitmaps: Mapping[str, StatusFunction] | None = None,
+    ) -> None:
         self.options = options
         self.generation = generation
         self.root: Child | None = None
-        self.is_closing = False
+        self.is_closing = self.is_retired = self.is_cut_off = False
+        self.when_unused: Callable[[], None] | None = None
         self.refusal = ""
         self.holders = 0
         self.pumps: set[Pump] = set()
-        self._route: Route | None = None
+        self._contexts: dict[str, StatusFunction] = {
+            NBD_META_BASE_ALLOCATION: self._allocation,
+            NBD_META_QEMU_ALLOCATION_DEPTH: self._allocation_depth,
+            **{NBD_META_QEMU_DIRTY_BITMAP + name: ask for name, ask in (bitmaps or {}).items()},
+        }
         self._drains = 0
         self._unused_waiters: list[asyncio.Future[None]] = []
 
@@ -130,7 +154,7 @@ class Export:
             self.flags,
             self.options.description,
             preferred_block=cluster if is_block_size else _PREFERRED_BLOCK,
-            contexts=(NBD_META_BASE_ALLOCATION,),
+            contexts=tuple(self._contexts),
             generation=self.generation,
         )
 
@@ -151,28 +175,34 @@ class Export:
         self.holders -= 1
         self._wake_if_unused()
 
-    def open_pump(self, sock: socket.socket, chosen: Transmission) -> Pump:
+    def open_pump(self, stream: Stream, chosen: Transmission, limits: PumpLimits) -> Pump:
         """Begin transmission on a connection that holds this export.
 
-        The pump owns the socket. It has not started, and counts as this export's until all of its
+        The pump owns the stream. It has not started, and counts as this export's until all of its
         requests have ended.
         """
-        assert self._route is not None, "the export is not attached"
-        contexts: list[tuple[int, StatusFunction]] = [
-            (context, self._status_function(name)) for context, name in chosen.contexts
-        ]
         pump = Pump(
-            sock,
-            self._route,
+            stream,
+            self._new_route(chosen.export.flags),
             structured=chosen.structured,
-            contexts=contexts,
+            extended=chosen.extended,
+            contexts=[(context, self._contexts[name]) for context, name in chosen.contexts],
             leftover=chosen.leftover,
+            limits=limits,
         )
+        if self.is_retired:
+            pump.retire()
         if self._drains:
             pump.pause()
         self.pumps.add(pump)
         pump.closed.add_done_callback(lambda _: self._pump_closed(pump))
         return pump
+
+    def retire(self) -> None:
+        """Carry out no further request of anybody: they are answered NBD_ESHUTDOWN."""
+        self.is_retired = True
+        for pump in self.pumps:
+            pump.retire()
 
     async def wait_unused(self) -> None:
         """Return when no client is connected and no request is running.
@@ -191,6 +221,8 @@ class Export:
     def _wake_if_unused(self) -> None:
         if self.is_used:
             return
+        if self.when_unused is not None:
+            self.when_unused()
         waiters, self._unused_waiters = self._unused_waiters, []
         for waiter in waiters:
             if not waiter.done():
@@ -198,14 +230,13 @@ class Export:
 
     # --- metadata contexts ---------------------------------------------------------------------
 
-    def _status_function(self, context: str) -> StatusFunction:
-        """Return what BLOCK_STATUS asks for one of `describe().contexts`."""
-        assert context == NBD_META_BASE_ALLOCATION, f"metadata context {context}"
-        return self._allocation
-
     async def _allocation(self, offset: int, length: int) -> list[Extent]:
         """base:allocation. The flags of base.extent are those of the spec."""
         return await self.node.block_status(offset, length)
+
+    async def _allocation_depth(self, offset: int, length: int) -> list[Extent]:
+        """qemu:allocation-depth: which layer of the node holds the range."""
+        return await self.node.allocation_depth(offset, length)
 
     # --- as a parent (block.child.Parent) ------------------------------------------------------
 
@@ -215,19 +246,21 @@ class Export:
 
     def child_attached(self, edge: Child) -> None:
         """Send all requests to the node at the end of `edge` from now on (E2)."""
-        node = edge.node
         self.root = edge
-        self._route = Route(node, size=node.size, flags=self.flags)
-        # `Node.read_now` does nothing but this call.
-        self._route.read_now = node.driver.read_now
         for pump in self.pumps:
-            pump.route = self._route
+            pump.route = self._new_route(pump.route.flags)
 
     def child_detached(self, edge: Child) -> None:
         """Forget the edge; in a drained section, or without connections."""
         assert self.root is edge, "not the root of this export"
         self.root = None
-        self._route = None
+
+    def _new_route(self, flags: int) -> Route:
+        node = self.node
+        route = Route(node, size=node.size, flags=flags)
+        # `Node.read_now` does nothing but this call.
+        route.read_now = node.driver.read_now
+        return route
 
     def drained_begin(self) -> None:
         """Begin no requests until the matching `drained_end`; connections stay."""

@@ -9,32 +9,38 @@ from __future__ import annotations
 
 import enum
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError, InUse, NotFound, OptionRefused
 from nbdfleece.base.limits import MAX_SIZE
 from nbdfleece.base.notify import Notifier
-from nbdfleece.protocol.nbd.constants import NBD_REP_ERR_POLICY
 from nbdfleece.protocol.nbd.strings import decode
 from nbdfleece.server.export import Export, ExportOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
+    from nbdfleece.datapath.route import StatusFunction
     from nbdfleece.protocol.nbd.haggle import ExportInfo
 
 
 class RemoveMode(enum.Enum):
-    """What happens to the clients of an export that is removed; values as in QMP."""
+    """What happens to the clients of an export that is removed; values as in QMP.
+
+    QEMU has the first two, and names the others as what might come.
+    """
 
     SAFE = "safe"  # refuse while there are any
     HARD = "hard"  # disconnect them
+    HIDE = "hide"  # let them go on, and wait until they have left
+    SOFT = "soft"  # as HIDE, but answer all their further requests with NBD_ESHUTDOWN
 
 
 class Exports:
-    """The exports of one server; also the Directory of a client that may see all of them.
+    """The exports of one server. What of them a client may see is up to server.directory.
 
     Attributes:
         default_name: Name of the export that a client gets for the empty name, or None.
@@ -54,8 +60,18 @@ class Exports:
 
     # --- the control plane's side --------------------------------------------------------------
 
-    def add(self, node: Node, options: ExportOptions) -> Export:
+    def add(
+        self,
+        node: Node,
+        options: ExportOptions,
+        bitmaps: Mapping[str, StatusFunction] | None = None,
+    ) -> Export:
         """Offer `node` to clients.
+
+        Args:
+            node: What.
+            options: How.
+            bitmaps: What the metadata contexts `qemu:dirty-bitmap:NAME` tell, by NAME.
 
         Raises:
             CommandError: The id or the name is taken, a string is not one of the spec, the node is
@@ -65,7 +81,7 @@ class Exports:
         self._check_new(options)
         if node.size > MAX_SIZE:
             raise CommandError(f"node '{node.name}' is larger than clients can bear")
-        export = Export(options, generation=next(self._generations))
+        export = Export(options, generation=next(self._generations), bitmaps=bitmaps)
         needed, shared = export.edge_permissions
         self._graph.attach_root("root", export, node, perm=needed, shared=shared)
         self._by_id[options.id] = export
@@ -87,7 +103,8 @@ class Exports:
         """Offer an export no more, and let its node go.
 
         With HARD the connections are closed at once; this returns when the requests that they had
-        begun have ended.
+        begun have ended. With HIDE and SOFT it returns at once; the export is gone, and `removed`
+        tells of it, when its last client has left. A further call may be of a harder mode.
 
         Raises:
             NotFound: There is none with this id.
@@ -101,14 +118,24 @@ class Exports:
         if not export.is_closing:
             export.is_closing = True
             del self._by_name[export.options.name]
+        if mode is RemoveMode.SOFT:
+            export.retire()
+        if mode in (RemoveMode.HIDE, RemoveMode.SOFT) and export.is_used:
+            export.when_unused = partial(self._forget, export)
+            return
+        export.is_cut_off = True
         for pump in list(export.pumps):
             pump.abort("the export is removed")
         await export.wait_unused()
-        if export.root is None:  # somebody else has waited for the same
+        self._forget(export)
+
+    def _forget(self, export: Export) -> None:
+        """Let go of an export that is not used any more. Idempotent: several may wait for that."""
+        if export.root is None:
             return
         self._graph.detach_root(export.root)
-        del self._by_id[export_id]
-        self.removed.publish(export_id)
+        del self._by_id[export.options.id]
+        self.removed.publish(export.options.id)
 
     def _check_new(self, options: ExportOptions) -> None:
         """Check that an export with these options may be added.
@@ -129,27 +156,12 @@ class Exports:
         if options.name in self._by_name:
             raise CommandError(f"NBD server already has export named '{options.name}'")
 
-    # --- the clients' side (protocol.nbd.haggle.Directory) -------------------------------------
+    # --- the clients' side ---------------------------------------------------------------------
 
-    def find(self, name: str) -> ExportInfo | None:
-        """Return the export of that name, the default export for "", or None.
-
-        Raises:
-            OptionRefused: It cannot be opened now; see Export.refusal.
-        """
-        export = self._by_name.get(name)
-        if export is None and not name and self.default_name is not None:
-            export = self._by_name.get(self.default_name)
-        if export is not None and export.refusal:
-            raise OptionRefused(NBD_REP_ERR_POLICY, export.refusal)
-        return None if export is None else export.describe()
+    def named(self, name: str) -> Export | None:
+        """Return the export of that name that clients may ask for, or None."""
+        return self._by_name.get(name)
 
     def list(self) -> list[ExportInfo]:
         """Return all exports that clients may ask for."""
         return [export.describe() for export in self._by_name.values()]
-
-    def chosen(self, info: ExportInfo) -> Export:
-        """Return the export that `find` has just described, without an await in between."""
-        export = self._by_name[info.name]
-        assert export.generation == info.generation, "another export has taken the name"
-        return export

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import ConfigError
 from nbdfleece.base.limits import ACCEPT_RETRY_S, LISTEN_BACKLOG
+from nbdfleece.protocol.nbd.haggle import TlsMode
 from nbdfleece.server.addresses import (
     VSOCK_ANY,
     Address,
@@ -44,6 +45,7 @@ class Listener:
 
     Attributes:
         address: Where; with the port that the system chose, if it was to choose.
+        tls: What connections here may do about TLS.
         sockets: The listening sockets: one, or one for each address that a host name has.
     """
 
@@ -51,9 +53,20 @@ class Listener:
         self, address: Address, sockets: list[socket.socket], file: os.stat_result | None = None
     ) -> None:
         self.address = address
+        self.tls = TlsMode.OFF
         self.sockets = sockets
         self._file = file  # of the unix socket that we made
         self._retry: asyncio.TimerHandle | None = None
+
+    @property
+    def needs_tls(self) -> bool:
+        """Whether clients get nothing here without TLS."""
+        return self.tls is TlsMode.REQUIRE
+
+    def describe(self) -> str:
+        """Return where it listens, and what it does about TLS, as `--listen` takes it."""
+        place = self.address.describe().replace(",", ",,")
+        return place if self.tls is TlsMode.OFF else f"{place},tls={self.tls.name.lower()}"
 
     def start(self, take: Callable[[socket.socket], None]) -> None:
         """Hand every connection that arrives, non-blocking, to `take`, which must not raise.
@@ -244,6 +257,7 @@ def _adopt(address: FdAddress) -> socket.socket:
         sock.detach()
         raise ConfigError(f"cannot listen on {address.describe()}: not a listening stream socket")
     sock.setblocking(False)
+    sock.set_inheritable(False)  # it was inheritable, or it would not be here
     return sock
 
 

@@ -2,9 +2,11 @@
 
 Every session is a task, all in one TaskGroup; none lets an exception out (session S3).
 
-A server that is full greets a further client and closes: the client sees an end of stream instead
-of a refused connection, and we spend nothing on it. It is told no reason, since that would take
-a session.
+A server that is full says so: a further client is greeted, and everything that it asks for is
+answered NBD_REP_ERR_SHUTDOWN with a text, for TURN_AWAY_S at most. MAX_TURNED_AWAY clients can hear
+that at a time; others are greeted and closed at once, which costs next to nothing. The same for a
+client whose address, or whose identity (server.session), has all the connections that it may have.
+For an export that has, NBD_OPT_INFO and NBD_OPT_GO are answered NBD_REP_ERR_POLICY.
 """
 
 from __future__ import annotations
@@ -14,34 +16,30 @@ import contextlib
 import itertools
 import logging
 import socket
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
-from nbdfleece.base.limits import ABORT_TIMEOUT_S, HANDSHAKE_TIMEOUT_S, MAX_CONNECTIONS
+from nbdfleece.base.limits import ABORT_TIMEOUT_S, MAX_TURNED_AWAY
+from nbdfleece.base.notify import Notifier
+from nbdfleece.protocol.nbd.haggle import TlsMode
 from nbdfleece.protocol.nbd.handshake import GREETING
+from nbdfleece.server.directory import Gate
 from nbdfleece.server.listener import Listener, open_listener
-from nbdfleece.server.session import Session
+from nbdfleece.server.peer import counted_address
+from nbdfleece.server.session import Session, Terms
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from nbdfleece.server.addresses import Address
+    from nbdfleece.server.audit import ClientNews
     from nbdfleece.server.exports import Exports
+    from nbdfleece.server.options import ServerOptions
+    from nbdfleece.server.policy import Policy
+    from nbdfleece.server.tls import TlsCredentials
+    from nbdfleece.server.tokens import Tokens
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerOptions:
-    """Limits of one server.
-
-    Attributes:
-        max_connections: Clients at a time, over all listeners; 0 for no limit.
-        handshake_timeout_s: From the greeting to transmission; 0 for no limit.
-    """
-
-    max_connections: int = MAX_CONNECTIONS
-    handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
 
 
 class Server:
@@ -50,20 +48,40 @@ class Server:
     Used as `async with Server(...) as server`; leaving the block closes what `shutdown` has not
     closed before.
 
+    Args:
+        exports: What is served.
+        options: Limits.
+        policy: Who may do what; None: whoever can connect may do everything.
+        credentials: For TLS; None: listeners are TlsMode.OFF.
+        tokens: Names that open one export each, or None.
+
     Attributes:
         listeners: What is listened on.
-        sessions: The clients, by number.
+        sessions: The clients, by number, without those that are being turned away.
+        news: Of clients that open exports, and leave.
+        credentials: As given; reloading them is up to whoever gave them, and so with the policy.
     """
 
-    def __init__(self, exports: Exports, options: ServerOptions) -> None:
+    def __init__(
+        self,
+        exports: Exports,
+        options: ServerOptions,
+        *,
+        policy: Policy | None = None,
+        credentials: TlsCredentials | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
         self.listeners: list[Listener] = []
         self.sessions: dict[int, Session] = {}
-        self._exports = exports
+        self.news: Notifier[ClientNews] = Notifier()
+        self.credentials = credentials
         self._options = options
+        gate = Gate(exports, policy, tokens, options.max_per_export)
+        self._terms = Terms(gate, options, credentials, self.news, self.sessions)
+        self._turned_away: dict[int, Session] = {}
         self._tasks = asyncio.TaskGroup()
         self._session_tasks: dict[int, asyncio.Task[None]] = {}
         self._ids = itertools.count(1)
-        self._was_full = False
         self._no_sessions = asyncio.Event()
         self._no_sessions.set()
 
@@ -85,18 +103,24 @@ class Server:
         # The error of the block is none of the tasks'; it goes on as it is, not in a group.
         await self._tasks.__aexit__(None, None, None)
 
-    async def listen(self, address: Address) -> Listener:
+    async def listen(self, address: Address, tls: TlsMode = TlsMode.OFF) -> Listener:
         """Listen on one more address.
+
+        Args:
+            address: Where.
+            tls: What connections there may do about TLS.
 
         Raises:
             ConfigError: That cannot be; nothing has changed.
 
         Cancel: safe.
         """
+        assert tls is TlsMode.OFF or self.credentials is not None, "TLS without credentials"
         listener = await open_listener(address)
+        listener.tls = tls
         self.listeners.append(listener)
-        listener.start(self._take)
-        _log.info("listening on %s", listener.address.describe())
+        listener.start(partial(self._take, tls))
+        _log.info("listening on %s", listener.describe())
         return listener
 
     def unlisten(self, listener: Listener) -> None:
@@ -120,11 +144,11 @@ class Server:
         """
         for listener in list(self.listeners):
             self.unlisten(listener)
-        for session in self.sessions.values():
+        for session in self._all():
             session.begin_shutdown()
         if await self._sessions_end(timeout_s):
             return True
-        for session in list(self.sessions.values()):
+        for session in self._all():
             session.abort("the server shuts down")
         # Cut off clients end at once; a session that waits for a stuck disk never does.
         if not await self._sessions_end(ABORT_TIMEOUT_S):
@@ -134,33 +158,51 @@ class Server:
 
     # --- private -------------------------------------------------------------------------------
 
-    def _take(self, sock: socket.socket) -> None:
+    def _all(self) -> list[Session]:
+        return [*self.sessions.values(), *self._turned_away.values()]
+
+    def _take(self, tls: TlsMode, sock: socket.socket) -> None:
         """Begin a session with a new client, or turn it away."""
-        limit = self._options.max_connections
-        if limit and len(self.sessions) >= limit:
-            if not self._was_full:
-                _log.warning("%d clients are connected: turning others away", limit)
-            self._was_full = True
-            _turn_away(sock)
+        refusal = self._too_many(sock)
+        if refusal and len(self._turned_away) >= MAX_TURNED_AWAY:
+            with sock, contextlib.suppress(OSError):
+                sock.send(GREETING)
             return
-        self._was_full = False
         _tune(sock)
-        session = Session(
-            next(self._ids),
-            sock,
-            self._exports,
-            handshake_timeout_s=self._options.handshake_timeout_s or None,
-        )
-        self.sessions[session.id] = session
+        session = Session(next(self._ids), sock, self._terms, tls=tls)
+        if refusal:
+            session.refuse(refusal)
+        self._run(session, self._turned_away if refusal else self.sessions)
+
+    def _too_many(self, sock: socket.socket) -> str:
+        """Return why there is no room for one more session, or ""."""
+        options, sessions, complaints = self._options, self.sessions, self._terms.complaints
+        most = options.max_connections
+        if most and len(sessions) >= most:
+            complaints.say("the server", f"{most} clients, no more (--max-connections)")
+            return f"the server is full: {most} clients are connected"
+        complaints.end("the server")
+        most, place = options.max_per_address, counted_address(sock)
+        if not most or not place:
+            return ""
+        count = sum(session.address == place for session in sessions.values())
+        if count < most:
+            complaints.end(place)
+            return ""
+        complaints.say(place, f"{count} clients, no more (--max-connections-per-address)")
+        return f"{count} clients of your address are connected: no more"
+
+    def _run(self, session: Session, group: dict[int, Session]) -> None:
+        group[session.id] = session
         self._no_sessions.clear()
         task = self._tasks.create_task(session.run(), name=f"session {session.id}")
         self._session_tasks[session.id] = task
-        task.add_done_callback(lambda _: self._session_ended(session.id))
+        task.add_done_callback(lambda _: self._session_ended(session.id, group))
 
-    def _session_ended(self, session_id: int) -> None:
-        del self.sessions[session_id]
+    def _session_ended(self, session_id: int, group: dict[int, Session]) -> None:
+        del group[session_id]
         del self._session_tasks[session_id]
-        if not self.sessions:
+        if not self._session_tasks:
             self._no_sessions.set()
 
     async def _sessions_end(self, timeout_s: float) -> bool:
@@ -179,9 +221,3 @@ def _tune(sock: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the client is gone already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def _turn_away(sock: socket.socket) -> None:
-    """Greet and close."""
-    with sock, contextlib.suppress(OSError):
-        sock.send(GREETING)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nbdfleece.base.errors import ConfigError
+from nbdfleece.protocol.nbd.haggle import TlsMode
 from nbdfleece.server.addresses import (
     VSOCK_ANY,
     FdAddress,
@@ -11,6 +12,7 @@ from nbdfleece.server.addresses import (
     VsockAddress,
     inherited,
     parse_listen,
+    split_tls,
 )
 
 
@@ -103,3 +105,44 @@ def test_sockets_for_others_are_not_ours(environ: dict[str, str]) -> None:
 def test_inherited_sockets_must_be_counted() -> None:
     with pytest.raises(ConfigError):
         inherited({"LISTEN_PID": "42", "LISTEN_FDS": "many"}, 42)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "mode"),
+    [
+        ("unix:/run/s", "unix:/run/s", None),
+        ("unix:/run/s,tls=allow", "unix:/run/s", TlsMode.ALLOW),
+        ("tcp::1,tls=require", "tcp::1", TlsMode.REQUIRE),
+        ("fd:3,tls=off", "fd:3", TlsMode.OFF),
+        ("unix:/a,,b", "unix:/a,b", None),
+        ("unix:/a,,,tls=off", "unix:/a,", TlsMode.OFF),
+        ("unix:/a,,tls=off", "unix:/a,tls=off", None),
+    ],
+)
+def test_tls_stands_behind_the_address(text: str, place: str, mode: TlsMode | None) -> None:
+    assert split_tls(text) == (place, mode)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("unix:/a,b", "unix:/a,tls", "unix:/a,tls=", "unix:/a,tls=on", "unix:/a,", "unix:/a\0b"),
+        *("unix:/a,tls=off,tls=off", "unix:/a,tls=off,colour=red"),
+    ],
+)
+def test_what_else_stands_behind_an_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        split_tls(text)
+
+
+@pytest.mark.parametrize(
+    ("address", "uri"),
+    [
+        (UnixAddress("/run/s"), "nbds+unix:///vda?socket=/run/s"),
+        (TcpAddress("::1", 10809), "nbds://[::1]:10809/vda"),
+        (VsockAddress(2, 5), "nbds+vsock://2:5/vda"),
+    ],
+)
+def test_uri_with_tls(address: UnixAddress | TcpAddress | VsockAddress, uri: str) -> None:
+    assert address.uri("vda", tls=True) == uri
+    assert address.uri("vda") == uri.replace("nbds", "nbd")

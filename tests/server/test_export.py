@@ -33,7 +33,7 @@ async def test_description_for_the_handshake(short_tmp: Path) -> None:
         assert (info.minimum_block, info.preferred_block, info.maximum_block) == (
             1, 4 * KiB, 32 * MiB,
         )  # fmt: skip
-        assert info.contexts == ("base:allocation",)
+        assert info.contexts == ("base:allocation", "qemu:allocation-depth")
         assert served.exports.get("frozen").describe().generation != info.generation
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.base.errors import CommandError, InUse, NotFound, OptionRefused
+from nbdfleece.base.extent import Extent
+from nbdfleece.base.units import MiB
 from nbdfleece.block.child import Child, Role
 from nbdfleece.block.driver import Driver
 from nbdfleece.protocol.nbd import client as talks
@@ -77,7 +79,7 @@ async def test_read_only_node_is_not_offered_for_writing(short_tmp: Path) -> Non
         with pytest.raises(CommandError, match="read-only"):
             served.exports.add(node, options(writable=True))
         assert not node.parents
-        assert served.exports.find("new") is None
+        assert served.exports.named("new") is None
 
         served.exports.add(node, options(writable=False))
 
@@ -127,7 +129,7 @@ async def test_id_and_name_are_different_things(short_tmp: Path) -> None:
         served.exports.add(node, options("the-id", "the-name"))
 
         assert "the-name" in await listed(served)
-        assert served.exports.find("the-id") is None
+        assert served.exports.named("the-id") is None
         assert served.exports.get("the-id").options.name == "the-name"
 
 
@@ -205,12 +207,12 @@ async def test_hard_removal_waits_for_requests_in_flight(short_tmp: Path) -> Non
 
 async def test_name_of_a_removed_export_may_be_used_again(short_tmp: Path) -> None:
     async with serving(short_tmp) as served:
-        first = served.exports.find("disk")
+        first = served.exports.named("disk")
         node = served.exports.get("disk").node
         await served.exports.remove("disk", RemoveMode.SAFE)
         served.exports.add(node, options("disk", "disk"))
 
-        again = served.exports.find("disk")
+        again = served.exports.named("disk")
         assert first is not None
         assert again is not None
         assert first.generation != again.generation
@@ -227,4 +229,105 @@ async def test_go_right_after_info_meets_the_same_export_or_none(short_tmp: Path
 
         with pytest.raises(OptionRefused, match="changed"):
             await one.run(talks.go("disk"))
+        await one.close()
+
+
+@pytest.mark.parametrize("mode", [RemoveMode.HIDE, RemoveMode.SOFT])
+async def test_hidden_export_is_gone_when_its_last_client_is(
+    short_tmp: Path, mode: RemoveMode
+) -> None:
+    async with serving(short_tmp) as served:
+        node = served.exports.get("disk").node
+        gone: list[str] = []
+        served.exports.removed.subscribe(gone.append)
+        async with connected(served.path) as client, connected(served.path) as second:
+            await served.exports.remove("disk", mode)
+
+            assert await listed(served) == ["frozen"]
+            late = await served.open()
+            with pytest.raises(OptionRefused):
+                await late.connect("disk")
+            await late.close()
+            await client.disconnect()
+            assert gone == []
+            await second.disconnect()
+        await until(lambda: gone)
+        assert gone == ["disk"]
+        assert not node.parents
+        with pytest.raises(NotFound):
+            served.exports.get("disk")
+
+
+async def test_clients_of_a_hidden_export_go_on(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served, connected(served.path) as client:
+        await served.exports.remove("disk", RemoveMode.HIDE)
+
+        await client.write(0, b"abcd")
+        assert await client.read(0, 4) == b"abcd"
+
+
+async def test_clients_of_an_export_that_is_softly_removed_hear_of_it(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served, connected(served.path) as client:
+        served.disk.hold = {"write"}
+        begun = await client.submit(c.NBD_CMD_WRITE, 0, 4, data=b"abcd")
+        await until(lambda: served.disk.waiting)
+        await served.exports.remove("disk", RemoveMode.SOFT)
+
+        assert await client.error_of(c.NBD_CMD_READ, 0, 4) == c.NBD_ESHUTDOWN
+        assert await client.error_of(c.NBD_CMD_WRITE, 0, 4, data=b"evil") == c.NBD_ESHUTDOWN
+        assert await client.error_of(c.NBD_CMD_BLOCK_STATUS, 0, 4) == c.NBD_ESHUTDOWN
+        served.disk.held.set()
+        assert (await begun).error == 0
+        assert served.disk.data[:4] == b"abcd"
+        await client.disconnect()
+
+
+@pytest.mark.parametrize("mode", [RemoveMode.HIDE, RemoveMode.SOFT])
+async def test_hidden_export_without_clients_is_gone_at_once(
+    short_tmp: Path, mode: RemoveMode
+) -> None:
+    async with serving(short_tmp) as served:
+        await served.exports.remove("disk", mode)
+        with pytest.raises(NotFound):
+            served.exports.get("disk")
+
+
+async def test_hidden_export_can_be_removed_the_hard_way(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served, connected(served.path) as client:
+        gone: list[str] = []
+        served.exports.removed.subscribe(gone.append)
+        await served.exports.remove("disk", RemoveMode.HIDE)
+        with pytest.raises(InUse):
+            await served.exports.remove("disk", RemoveMode.SAFE)
+        await served.exports.remove("disk", RemoveMode.HARD)
+
+        await client.wait_closed()
+        assert gone == ["disk"]
+
+
+# --- metadata contexts -----------------------------------------------------------------------
+
+
+async def test_bitmaps_are_offered_by_name(short_tmp: Path) -> None:
+    async def dirty(offset: int, length: int) -> list[Extent]:
+        return [Extent(0, 4096, 1), Extent(4096, 4096, 0)]
+
+    async with serving(short_tmp) as served:
+        node = await served.add_node(MemoryDriver(bytearray(8192)))
+        served.exports.add(node, options(), {"since:monday": dirty})
+        name = "qemu:dirty-bitmap:since:monday"
+        one = await served.open()
+        await one.connect("new", contexts=["base:allocation", name])
+
+        assert set(one.contexts) == {"base:allocation", name}
+        assert await one.status(0, 8192, context=name) == [(4096, 1), (4096, 0)]
+        await one.close()
+
+
+async def test_depth_of_a_plain_disk_is_one(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        one = await served.open()
+        await one.connect("disk", contexts=["qemu:allocation-depth"])
+        found = await one.status(0, MiB, context="qemu:allocation-depth")
+        assert found == [(MiB, 1)]
         await one.close()

@@ -19,9 +19,11 @@ from nbdfleece.protocol.nbd.handshake import GREETING
 from nbdfleece.server import server as server_module
 from nbdfleece.server import session as session_module
 from nbdfleece.server.addresses import TcpAddress, UnixAddress
+from nbdfleece.server.audit import ClientConnected, ClientDisconnected
 from nbdfleece.server.export import ExportOptions
 from nbdfleece.server.exports import Exports
-from nbdfleece.server.server import Server, ServerOptions
+from nbdfleece.server.options import ServerOptions
+from nbdfleece.server.server import Server
 from nbdfleece.server.session import Session
 from tests.support.memory import MemoryDriver
 from tests.support.nbd_client import NbdClient, connected
@@ -105,14 +107,16 @@ async def test_clients_of_a_closed_listener_stay(short_tmp: Path) -> None:
 # --- limits and isolation --------------------------------------------------------------------
 
 
-async def test_full_server_greets_and_closes(
-    short_tmp: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_full_server_says_so(short_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with serving(short_tmp, options=ServerOptions(max_connections=2)) as served:
         async with connected(served.path) as first, connected(served.path):
-            for _ in range(3):
+            for talk in (talks.go("disk"), talks.info("disk"), talks.list_exports()):
                 turned_away = await served.open()
-                assert await turned_away.receive_to_end() == GREETING
+                await turned_away.run(talks.greet(no_zeroes=True))
+                with pytest.raises(OptionRefused) as caught:
+                    await turned_away.run(talk)
+                assert caught.value.reply == c.NBD_REP_ERR_SHUTDOWN
+                assert caught.value.text == "the server is full: 2 clients are connected"
                 await turned_away.close()
             await first.disconnect()
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
@@ -120,6 +124,89 @@ async def test_full_server_greets_and_closes(
         await sessions_are(served, 0)
         async with connected(served.path) as client:
             assert await client.read(0, 4) == pattern(4)
+
+
+async def test_full_server_says_so_for_a_moment_and_to_few(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "TURN_AWAY_S", 0.05)
+    monkeypatch.setattr(server_module, "MAX_TURNED_AWAY", 2)
+    async with (
+        serving(short_tmp, options=ServerOptions(max_connections=1)) as served,
+        connected(served.path) as client,
+    ):
+        silent = [await served.open() for _ in range(5)]
+        for one in silent:
+            assert await one.receive_to_end() == GREETING
+            await one.close()
+        assert len(served.server.sessions) == 1
+        assert await client.read(0, 4) == pattern(4)
+
+
+async def test_one_address_has_only_so_many_connections(
+    short_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(short_tmp, options=ServerOptions(max_per_address=2)) as served:
+        tcp = await served.server.listen(TcpAddress("127.0.0.1", 0))
+        assert isinstance(tcp.address, TcpAddress)
+        address = ("127.0.0.1", tcp.address.port)
+        async with connected(address), connected(address), connected(served.path) as local:
+            for _ in range(2):
+                late = await NbdClient.open(address)
+                with pytest.raises(OptionRefused) as caught:
+                    await late.connect()
+                assert caught.value.reply == c.NBD_REP_ERR_SHUTDOWN
+                assert "your address" in caught.value.text
+                await late.close()
+            assert await local.read(0, 4) == pattern(4)
+        assert [record.levelno for record in caplog.records] == [logging.WARNING]
+        await sessions_are(served, 0)
+        async with connected(address) as again:
+            assert await again.read(0, 4) == pattern(4)
+
+
+async def test_one_export_has_only_so_many_connections(short_tmp: Path) -> None:
+    async with (
+        serving(short_tmp, options=ServerOptions(max_per_export=1)) as served,
+        connected(served.path, "disk") as client,
+    ):
+        late = await served.open()
+        await late.run(talks.greet(no_zeroes=True))
+        with pytest.raises(OptionRefused) as caught:
+            await late.run(talks.go("disk"))
+        assert caught.value.reply == c.NBD_REP_ERR_POLICY
+        assert (await late.run(talks.go("frozen"))).size == MiB
+        await late.close()
+        assert await client.read(0, 4) == pattern(4)
+
+
+async def test_news_of_clients_that_open_exports(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        heard: list[object] = []
+        served.server.news.subscribe(heard.append)
+        probe = await served.open()
+        await probe.close()
+        async with connected(served.path) as client:
+            await client.read(0, 100)
+            await client.write(0, b"abcd")
+            await client.disconnect()
+        await sessions_are(served, 0)
+        opened, left = heard
+        assert isinstance(opened, ClientConnected)
+        assert isinstance(left, ClientDisconnected)
+        assert (opened.id, opened.export) == (left.id, "disk")
+        assert (left.bytes_read, left.bytes_written, left.requests) == (100, 4, 2)
+        assert left.reason == "disconnects"
+
+
+async def test_extended_headers_can_be_switched_off(short_tmp: Path) -> None:
+    for offered in (True, False):
+        options = ServerOptions(extended_headers=offered)
+        async with serving(short_tmp, options=options) as served:
+            client = await served.open()
+            await client.run(talks.greet(no_zeroes=True))
+            assert await client.run(talks.extended_headers()) is offered
+            await client.close()
 
 
 async def test_cve_2024_7409_silent_clients_are_bounded_in_number_and_time(
@@ -246,7 +333,7 @@ async def test_fault_of_our_own_ends_one_session(
         def broken(*_args: object) -> None:
             raise AssertionError("a planted fault")
 
-        monkeypatch.setattr(served.exports, "find", broken)
+        monkeypatch.setattr(served.exports, "named", broken)
         client = await served.open()
         with pytest.raises((EOFError, ConnectionError)):
             await client.connect()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,15 @@ import pytest
 from nbdfleece.base.errors import OptionRefused
 from nbdfleece.base.limits import MAX_DRAINED_PAYLOAD, MAX_OPTION_LENGTH, MAX_PAYLOAD
 from nbdfleece.base.units import KiB, MiB
+from nbdfleece.datapath.stream import Stream
 from nbdfleece.protocol.nbd import client as talks
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.protocol.nbd import wire
 from nbdfleece.protocol.nbd.handshake import GREETING
+from nbdfleece.server import session as session_module
 from nbdfleece.server.export import WRITABLE_FLAGS
-from nbdfleece.server.server import ServerOptions
-from nbdfleece.server.session import describe_peer
+from nbdfleece.server.options import ServerOptions
+from nbdfleece.server.tokens import Tokens
 from tests.support.nbd_client import NbdClient, RequestFailed, connected
 from tests.support.nbd_server import Served, pattern, serving
 from tests.support.waiting import until
@@ -55,7 +56,10 @@ async def test_everything_may_be_asked_on_one_connection(short_tmp: Path) -> Non
         await client.run(talks.greet(no_zeroes=True))
 
         assert await client.run(talks.list_exports()) == [("disk", "a disk"), ("frozen", "")]
-        assert await client.run(talks.list_meta_context("disk", [])) == ["base:allocation"]
+        assert await client.run(talks.list_meta_context("disk", [])) == [
+            "base:allocation",
+            "qemu:allocation-depth",
+        ]
         assert await client.run(talks.structured_reply())
         export = await client.run(talks.info("disk"))
         assert (export.size, export.name) == (MiB, "disk")
@@ -87,14 +91,13 @@ async def test_export_name_with_and_without_zeroes(short_tmp: Path, no_zeroes: b
     ("option", "reply"),
     [
         (wire.option(77, b"x" * 100), c.NBD_REP_ERR_UNSUP),
-        (wire.option(c.NBD_OPT_EXTENDED_HEADERS), c.NBD_REP_ERR_UNSUP),
         (wire.option(c.NBD_OPT_STARTTLS), c.NBD_REP_ERR_POLICY),
         (wire.option(c.NBD_OPT_LIST, b"x"), c.NBD_REP_ERR_INVALID),
         (wire.option(c.NBD_OPT_GO, b"x"), c.NBD_REP_ERR_INVALID),
         (wire.option(c.NBD_OPT_GO, wire.info_request(b"no", [])), c.NBD_REP_ERR_UNKNOWN),
         (wire.option(77, bytes(MAX_OPTION_LENGTH)), c.NBD_REP_ERR_UNSUP),
     ],
-    ids=["unknown", "extended", "starttls", "list data", "bad go", "no export", "8 MiB"],
+    ids=["unknown", "starttls", "list data", "bad go", "no export", "8 MiB"],
 )
 async def test_refused_option_leaves_the_client_haggling(
     short_tmp: Path, option: bytes, reply: int
@@ -228,29 +231,23 @@ async def test_no_deadline_when_it_is_zero(short_tmp: Path) -> None:
 async def test_export_that_goes_while_the_client_is_told_of_it(
     short_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = asyncio.get_running_loop()
-    sendall = loop.sock_sendall
+    send_all = session_module.send_all
     async with serving(short_tmp) as served:
         client = await greeted(served)
         export = served.exports.get("disk")
 
-        async def closing(sock: socket.socket, data: bytes) -> None:
-            await sendall(sock, data)
+        async def closing(stream: Stream, data: bytes) -> None:
+            await send_all(stream, data)
             if export.holders:
-                export.is_closing = True
+                export.is_closing = export.is_cut_off = True
 
-        monkeypatch.setattr(loop, "sock_sendall", closing)
+        monkeypatch.setattr(session_module, "send_all", closing)
         await client.send(GO_DISK)
         await client.receive_to_end()
 
         await client.close()
         await sessions_end(served)
         assert not export.is_used
-
-
-def test_peer_that_is_gone_has_no_name() -> None:
-    with socket.socket() as unconnected:
-        assert describe_peer(unconnected) == "already gone"
 
 
 # --- transmission ----------------------------------------------------------------------------
@@ -408,3 +405,61 @@ async def test_failed_read_carries_no_paths_and_leaves_the_connection(short_tmp:
         assert caught.value.error == c.NBD_EIO
         assert "node" not in caught.value.reply.text
         assert await client.read(0, 4) == pattern(4)
+
+
+# --- the line in the log -----------------------------------------------------------------------
+
+
+async def test_each_connection_leaves_one_line(
+    short_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with serving(short_tmp) as served:
+        caplog.clear()
+        lister = await greeted(served)
+        await lister.run(talks.list_exports())
+        await lister.close()
+        await sessions_end(served)
+        async with connected(served.path) as client:
+            await client.read(0, 4096)
+            await client.disconnect()
+        await sessions_end(served)
+        async with connected(served.path) as client:
+            (session,) = served.server.sessions.values()
+            session.abort("kicked")
+            await client.wait_closed()
+        async with connected(served.path) as client:
+            await client.write(0, b"abcd")
+            await served.server.shutdown(timeout_s=5)
+            await client.wait_closed()
+        await sessions_end(served)
+    lines = [record.message for record in caplog.records if " ends: " in record.message]
+    assert [line.partition(" how=")[2] for line in lines] == [
+        '"client left during the handshake"',
+        '"disconnects"',
+        '"kicked"',
+        '"the server shuts down"',
+    ]
+    assert 'export="disk" read=4096 written=0 requests=1' in lines[1]
+    assert 'export="disk" read=0 written=4 requests=1' in lines[3]
+
+
+async def test_tokens_are_not_in_the_log(short_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither right nor wrong ones, however they are asked for."""
+    caplog.set_level(logging.DEBUG)
+    tokens = Tokens(lambda: 0.0)
+    async with serving(short_tmp, tokens=tokens) as served:
+        await served.add("vda@one", pattern(4096), writable=False)
+        name = tokens.add("vda@one", 60.0)
+        async with connected(served.path, name) as client:
+            assert await client.read(0, 4) == pattern(4)
+        wrong = await greeted(served)
+        with pytest.raises(OptionRefused):
+            await wrong.run(talks.go(name + "x"))
+        await wrong.send(wire.option(c.NBD_OPT_EXPORT_NAME, (name + "y").encode()))
+        assert await wrong.receive_to_end() == b""
+        await wrong.close()
+        await sessions_end(served)
+    assert 'export="vda@one"' in caplog.text
+    assert name.partition(":")[2] not in caplog.text
+    assert "vda@one:***" in caplog.text
