@@ -3,6 +3,10 @@
 The end, within --drain-timeout: no new connections; requests that have begun are finished; running
 commands too; snapshots are given up, disks flushed, nodes removed; files of ours removed. What does
 not end by then is abandoned, and the exit code says so.
+
+TLS of a listener, where `,tls=` does not say: without --tls-creds there is none. With them, TCP,
+vsock and other sockets that strangers may reach must have it, and unix sockets may: the kernel says
+who is at the other end of those, and nobody can listen in.
 """
 
 from __future__ import annotations
@@ -22,20 +26,37 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece import __version__
 from nbdfleece.base.errors import ConfigError, NbdfleeceError
+from nbdfleece.base.limits import MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, WRITE_STALL_S
 from nbdfleece.block.graph import Graph
 from nbdfleece.control.command import Context, addresses, uris
 from nbdfleece.control.events import Events
 from nbdfleece.control.socket import Control
 from nbdfleece.datapath.poller import new_event_loop
+from nbdfleece.datapath.pump import PumpLimits
 from nbdfleece.fleece.fleece import Fleece
 from nbdfleece.fleece.location import Location, is_block_device, parse_location
 from nbdfleece.fleece.store import StateFolder
-from nbdfleece.server.addresses import Address, TcpAddress, UnixAddress, inherited, parse_listen
+from nbdfleece.protocol.nbd.haggle import TlsMode
+from nbdfleece.server.addresses import (
+    Address,
+    FdAddress,
+    TcpAddress,
+    UnixAddress,
+    inherited,
+    parse_listen,
+    split_tls,
+)
 from nbdfleece.server.exports import Exports
-from nbdfleece.server.server import Server, ServerOptions
+from nbdfleece.server.options import ServerOptions
+from nbdfleece.server.policy import Policy
+from nbdfleece.server.server import Server
+from nbdfleece.server.tls import TlsCredentials
+from nbdfleece.server.tokens import Tokens, clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from nbdfleece.server.listener import Listener
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +81,11 @@ class Settings:
         pid_file: Where to write our process id, or None.
         print_uri: Say nothing but URIs when ready.
         allow_insecure: Listen without TLS on addresses that are not loopback.
-        max_connections: NBD clients at a time; 0 for no limit.
-        handshake_timeout_s: Seconds for a client to get to transmission; 0 for no limit.
+        tls_creds: Folder of credentials, or None.
+        tls_verify_peer: Clients must show a certificate.
+        policy: File that says who may do what, or None: all may.
+        extended_headers: Offer 64-bit requests.
+        limits: Numbers that bound what clients may do, by the names of the options; 0 for no limit.
         drain_timeout_s: Seconds for requests to end at shutdown.
     """
 
@@ -74,17 +98,23 @@ class Settings:
     pid_file: Path | None
     print_uri: bool
     allow_insecure: bool
-    max_connections: int
-    handshake_timeout_s: float
+    tls_creds: Path | None
+    tls_verify_peer: bool
+    policy: Path | None
+    extended_headers: bool
+    limits: Mapping[str, float]
     drain_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Settings that have been understood."""
+    """Settings that have been understood, and the files that they name."""
 
     locations: list[Location]
-    addresses: list[Address]
+    listen: list[tuple[Address, TlsMode]]
+    options: ServerOptions
+    credentials: TlsCredentials | None
+    policy: Policy | None
 
 
 def check_disk(text: str) -> None:
@@ -102,7 +132,26 @@ def check_listen(text: str) -> None:
     Raises:
         ConfigError: What is wrong.
     """
-    parse_listen(text)
+    address, _ = split_tls(text)
+    parse_listen(address)
+
+
+def check_credentials(settings: Settings) -> None:
+    """Check the folder of TLS credentials.
+
+    Raises:
+        ConfigError: What is wrong.
+    """
+    _credentials(settings)
+
+
+def check_policy(settings: Settings) -> None:
+    """Check the policy file.
+
+    Raises:
+        ConfigError: What is wrong.
+    """
+    _policy(settings)
 
 
 def check(settings: Settings) -> None:
@@ -143,7 +192,9 @@ class Daemon:
         self._graph = Graph()
         self._exports = Exports(self._graph)
         self._state = StateFolder(settings.state_dir, settings.temp_dir)
+        self._tokens = Tokens(clock)
         self._stopping = asyncio.Event()
+        self._reloading = asyncio.Lock()
         self._forget: list[Callable[[], None]] = []  # removes files of ours, when cut short
 
     async def run(self, plan: _Plan) -> int:
@@ -151,12 +202,15 @@ class Daemon:
 
         Cancel: not cancelled.
         """
-        options = ServerOptions(
-            max_connections=self._settings.max_connections,
-            handshake_timeout_s=self._settings.handshake_timeout_s,
-        )
         code = EXIT_DONE
-        async with asyncio.TaskGroup() as tasks, Server(self._exports, options) as server:
+        server = Server(
+            self._exports,
+            plan.options,
+            policy=plan.policy,
+            credentials=plan.credentials,
+            tokens=self._tokens,
+        )
+        async with asyncio.TaskGroup() as tasks, server:
             control = Control(self._settings.control, tasks)
             try:
                 fleece = await self._start(plan, server, control)
@@ -164,7 +218,7 @@ class Daemon:
                 self.failure = error
                 await control.stop(timeout_s=0)
             else:
-                self._watch_signals()
+                self._watch_signals(tasks, plan)
                 self._ready(server)
                 await self._stopping.wait()
                 code = await self._stop(server, control, fleece)
@@ -184,36 +238,45 @@ class Daemon:
         self._forget.append(control.close)
         for warning in await asyncio.to_thread(self._state.clear_leftovers):
             _log.warning("%s", warning)
-        fleece = Fleece(self._graph, self._exports, self._state)
+        fleece = Fleece(self._graph, self._exports, self._state, self._tokens)
         events = Events()
         fleece.news.subscribe(events.fleece_news)
+        server.news.subscribe(events.client_news)
         for location in plan.locations:
             await fleece.add_disk(location)
         if len(plan.locations) == 1:
             self._exports.default_name = plan.locations[0].disk
-        await self._listen(server, plan.addresses)
+        await self._listen(server, plan)
         self._write_pid_file()
         started = datetime.now(UTC).replace(microsecond=0).isoformat().replace("+00:00", "Z")
         control.start(Context(fleece, server, events, self._stopping.set, started))
         return fleece
 
-    async def _listen(self, server: Server, wanted: list[Address]) -> None:
-        for address in wanted:
+    async def _listen(self, server: Server, plan: _Plan) -> None:
+        for address, tls in plan.listen:
             if isinstance(address, UnixAddress) and address.path == self._settings.default_listen:
                 _make_folder_of(address.path)
-            listener = await server.listen(address)
+            listener = await server.listen(address, tls)
             self._forget.append(listener.close)
             if not self._settings.allow_insecure:
-                for found in addresses(listener):
-                    _check_is_local(found)
+                _check_is_safe(listener, has_policy=plan.policy is not None)
+        if plan.policy is None:
+            asks_nobody = plan.credentials is not None and not self._settings.tls_verify_peer
+            level = logging.WARNING if asks_nobody else logging.INFO
+            _log.log(level, "no --policy: whoever can connect may use every disk")
+        _warn_of_expiry(plan.credentials)
 
     # --- signals, readiness ----------------------------------------------------------------------
 
-    def _watch_signals(self) -> None:
+    def _watch_signals(self, tasks: asyncio.TaskGroup, plan: _Plan) -> None:
         loop = asyncio.get_running_loop()
+
+        def reload() -> None:
+            tasks.create_task(self._reload(plan), name="reload")
+
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_stop, number)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, reload)
 
     def _asked_to_stop(self, number: int) -> None:
         if self._stopping.is_set():
@@ -223,10 +286,18 @@ class Daemon:
         _log.info("%s: stopping", signal.Signals(number).name)
         self._stopping.set()
 
-    def _reload(self) -> None:
-        _notify(f"RELOADING=1\nMONOTONIC_USEC={_monotonic_us()}")
-        _log.info("SIGHUP: there is nothing to read again")
-        _notify("READY=1")
+    async def _reload(self, plan: _Plan) -> None:
+        """Read certificates and policy again; what is broken stays as it was. Clients stay too."""
+        async with self._reloading:
+            _notify(f"RELOADING=1\nMONOTONIC_USEC={_monotonic_us()}")
+            if plan.credentials is not None:
+                await _read_again("TLS credentials", plan.credentials.reload)
+                _warn_of_expiry(plan.credentials)
+            if plan.policy is not None:
+                await _read_again("policy", plan.policy.reload)
+            if plan.credentials is None and plan.policy is None:
+                _log.info("SIGHUP: there is nothing to read again")
+            _notify("READY=1")
 
     def _ready(self, server: Server) -> None:
         for disk in self._exports:
@@ -296,24 +367,109 @@ def _plan(settings: Settings) -> _Plan:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two disks are called '{name}'; give them names as NAME=LOCATION")
-    wanted = inherited(os.environ, os.getpid())
-    wanted += [parse_listen(text) for text in settings.listen]
-    if not wanted:
-        wanted = [parse_listen(f"unix:{settings.default_listen}")]
-    return _Plan(locations, wanted)
+    credentials = _credentials(settings)
+    has_tls = credentials is not None
+    listen = [(found, _tls_of(found, has_tls)) for found in inherited(os.environ, os.getpid())]
+    listen += [_listen_of(text, has_tls) for text in settings.listen]
+    if not listen:
+        address = UnixAddress(settings.default_listen)
+        listen = [(parse_listen(address.describe()), _tls_of(address, has_tls))]
+    return _Plan(locations, listen, _server_options(settings), credentials, _policy(settings))
 
 
-def _check_is_local(address: Address) -> None:
-    """Check that an address without TLS is not open to other machines.
+def _credentials(settings: Settings) -> TlsCredentials | None:
+    if settings.tls_creds is None:
+        return None
+    return TlsCredentials(settings.tls_creds, verify_peer=settings.tls_verify_peer)
+
+
+def _policy(settings: Settings) -> Policy | None:
+    return None if settings.policy is None else Policy(settings.policy)
+
+
+def _listen_of(text: str, has_tls: bool) -> tuple[Address, TlsMode]:
+    """Return where to listen, and what to do about TLS there.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: It makes no sense.
     """
-    if isinstance(address, TcpAddress) and not address.host.startswith(_LOOPBACK):
-        raise ConfigError(
-            f"cannot listen on {address.describe()}: without TLS anybody on the network could read "
-            "and write the disks; listen on 127.0.0.1 or a unix socket, or say --allow-insecure"
-        )
+    place, mode = split_tls(text)
+    address = parse_listen(place)
+    if mode is None:
+        return address, _tls_of(address, has_tls)
+    if mode is not TlsMode.OFF and not has_tls:
+        raise ConfigError(f"'{text}': there is no TLS without --tls-creds")
+    return address, mode
+
+
+def _tls_of(address: Address, has_tls: bool) -> TlsMode:
+    """Return what is done about TLS where nobody says so; see the module's docstring."""
+    if not has_tls:
+        return TlsMode.OFF
+    return TlsMode.ALLOW if _is_unix(address) else TlsMode.REQUIRE
+
+
+def _is_unix(address: Address) -> bool:
+    if not isinstance(address, FdAddress):
+        return isinstance(address, UnixAddress)
+    try:
+        sock = socket.socket(fileno=address.fd)
+    except OSError:  # nothing is there: listening will say so
+        return False
+    family = sock.family
+    sock.detach()
+    return family == socket.AF_UNIX
+
+
+def _server_options(settings: Settings) -> ServerOptions:
+    limits = settings.limits
+    return ServerOptions(
+        max_connections=int(limits["max-connections"]),
+        max_per_export=int(limits["max-connections-per-export"]),
+        max_per_identity=int(limits["max-connections-per-identity"]),
+        max_per_address=int(limits["max-connections-per-address"]),
+        handshake_timeout_s=limits["handshake-timeout"],
+        extended_headers=settings.extended_headers,
+        transmission=PumpLimits(
+            # Nothing at all in flight would be no limit but a standstill.
+            requests=int(limits["max-requests"]) or MAX_REQUESTS_IN_FLIGHT,
+            bytes_in_flight=int(limits["max-request-bytes"]) or MAX_BYTES_IN_FLIGHT,
+            stall_s=limits["write-stall-timeout"] or WRITE_STALL_S,
+            idle_s=limits["idle-timeout"] or None,
+        ),
+    )
+
+
+async def _read_again(what: str, read: Callable[[], None]) -> None:
+    """Read files again, in a thread; say how that went."""
+    try:
+        await asyncio.to_thread(read)
+    except ConfigError as error:
+        _log.error("SIGHUP: %s; the old %s stay in use", error, what)
+    else:
+        _log.info("SIGHUP: %s read again", what)
+
+
+def _warn_of_expiry(credentials: TlsCredentials | None) -> None:
+    for warning in [] if credentials is None else credentials.warnings():
+        _log.warning("%s", warning)
+
+
+def _check_is_safe(listener: Listener, *, has_policy: bool) -> None:
+    """Check that nobody on the network gets at the disks without TLS.
+
+    Raises:
+        ConfigError: Somebody would.
+    """
+    if listener.tls is TlsMode.REQUIRE or (listener.tls is TlsMode.ALLOW and has_policy):
+        return
+    for address in addresses(listener):
+        if isinstance(address, TcpAddress) and not address.host.startswith(_LOOPBACK):
+            raise ConfigError(
+                f"cannot listen on {address.describe()}: without TLS anybody on the network could "
+                "read and write the disks; listen on 127.0.0.1 or a unix socket, give --tls-creds, "
+                "or say --allow-insecure"
+            )
 
 
 def _make_folder_of(path: str) -> None:

@@ -34,6 +34,7 @@ CLIENTS = {
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
     "nbdkit": "nbdkit",
+    "nbd-server": "nbd-server",
     "nbdcopy": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "nbd-client": "nbd-client",

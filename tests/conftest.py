@@ -31,6 +31,7 @@ from typing import TextIO
 import pytest
 
 from tests.check import CLIENTS, find_program
+from tests.support.pki import Pki
 
 DEADLINE_S = 60.0
 GRACE_S = 15.0  # from the polite end of a test that hangs to the end of the run
@@ -157,3 +158,9 @@ def short_tmp() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="nbdf-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """Certificates for the whole session; for reading only (tests/support/pki.py)."""
+    return Pki(tmp_path_factory.mktemp("pki"))

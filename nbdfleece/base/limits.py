@@ -26,17 +26,47 @@ MAX_STRUCTURED_READ: Final = 64 * MiB  # one READ sent in chunks; longer: NBD_EO
 MAX_DRAINED_PAYLOAD: Final = 64 * MiB  # a WRITE up to this is read, dropped and refused
 MAX_REQUESTS_IN_FLIGHT: Final = 128  # per connection; then we stop reading the socket
 MAX_BYTES_IN_FLIGHT: Final = 64 * MiB  # write payloads per connection; then likewise
+MAX_CACHE: Final = 4 * GiB  # read for one CACHE; 64-bit lengths are no reason to read for hours
 MAX_STATUS_EXTENTS: Final = 131072  # extents of one BLOCK_STATUS chunk: 1 MiB
 MAX_EXTENT_LENGTH: Final = 4 * GiB - 64 * KiB  # a 32-bit extent, kept aligned
 WRITE_STALL_S: Final = 300.0  # a client that takes no byte of a reply for so long is dropped
 
+# --- NBD servers that we are a client of -----------------------------------------------------
+MAX_OPTION_REPLY_BYTES: Final = 16 * MiB  # of all replies to one option: a LIST of 65536 exports
+MAX_STATUS_PAYLOAD: Final = 16 * MiB + 8  # of one chunk: 2^20 extents, the most that is proper
+MAX_READ_PIECES: Final = 4096  # of a READ that lie apart at a time; in order there is one
+MAX_ERROR_CHUNKS: Final = 256  # of one reply: a READ may fail in several places
+NBD_CONNECTIONS: Final = 4  # to an export that allows several; as nbdcopy
+NBD_REQUESTS: Final = 64  # in flight per connection; as nbdcopy
+NBD_ZERO_PIECE: Final = 1 * GiB  # zeroed or trimmed per request; takes some servers a while
+NBD_DIAL_TIMEOUT_S: Final = 30.0  # to connect, TLS and handshake included, per attempt
+NBD_RETRY_S: Final = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)  # between attempts to connect; the last stays
+NBD_CLOSE_TIMEOUT_S: Final = 1.0  # NBD_CMD_DISC may take so long to be sent
+NBD_KEEPALIVE_S: Final = 60  # of silence on TCP before the kernel asks whether the host is alive
+
 # --- server ----------------------------------------------------------------------------------
 MAX_CONNECTIONS: Final = 256  # over all listeners; --max-connections
-LISTEN_BACKLOG: Final = 128
+MAX_CONNECTIONS_PER_EXPORT: Final = 0  # no bound but the one in all
+MAX_CONNECTIONS_PER_IDENTITY: Final = 0  # likewise: who is known can be turned out
+MAX_CONNECTIONS_PER_ADDRESS: Final = 128  # half of all: one machine alone cannot fill the server
+MAX_TURNED_AWAY: Final = 16  # clients that are being told that the server is full, at a time
+TURN_AWAY_S: Final = 1.0  # and how long each may take to hear it
+IDLE_TIMEOUT_S: Final = 0.0  # guests are idle for days
+MAX_PSK_FILE: Final = 1 * MiB  # bytes of keys.psk
+LISTEN_BACKLOG: Final = 1024  # a crowd that comes back at once must not keep others out
 ACCEPT_RETRY_S: Final = 0.2  # pause when there are no descriptors for a new connection
 SHUTDOWN_HANDSHAKE_S: Final = 1.0  # a client that haggles at shutdown may hear ERR_SHUTDOWN so long
 DRAIN_TIMEOUT_S: Final = 20.0  # shutdown waits this long for requests in flight
 ABORT_TIMEOUT_S: Final = 1.0  # and then for connections that were cut off
+
+# --- who may do what -------------------------------------------------------------------------
+MAX_RULE_FILE: Final = 1 * MiB  # bytes of a policy file or a file of authz rules
+MAX_RULES: Final = 1024  # of one policy or authz list: all are looked at for every export listed
+MAX_PATTERN: Final = 512  # characters; longer than any DISK@SNAPSHOT and any sane subject
+MAX_CERTIFICATE: Final = 64 * KiB  # bytes of a client's own certificate
+MAX_CERTIFICATE_NAMES: Final = 256  # attributes of its subject and alternative names together
+MAX_TOKENS: Final = 1024  # valid at a time: each is compared whenever one is looked up
+MAX_TOKEN_LIFETIME_S: Final = 366 * 24 * 3600.0  # what should last longer needs an identity
 
 # --- datapath --------------------------------------------------------------------------------
 READ_PIECE: Final = 256 * KiB  # bytes read and sent at once: fits the second-level cache

@@ -62,6 +62,17 @@ class Driver(ABC):
     async def close(self) -> None:  # noqa: B027 - most drivers have nothing to close
         """Close what `open` opened. Called once, without requests in flight."""
 
+    def yank(self) -> bool:
+        """Let go of a peer that may never answer: what waits for it fails, now and from now on.
+
+        The user gives the node up. It may have been the last chance of data that was written and
+        not flushed.
+
+        Returns:
+            Whether there was such a peer.
+        """
+        return False
+
     # --- permissions -----------------------------------------------------------------------
 
     def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:
@@ -114,6 +125,14 @@ class Driver(ABC):
         At least the first byte is covered. Claiming only DATA is always right.
         """
         return [Extent(offset, length, DATA)]
+
+    async def allocation_depth(self, offset: int, length: int) -> list[Extent]:
+        """As `block_status`, with depths for flags: which layer of the node holds the range.
+
+        0: none; 1: the node's own; 2: its backing's, and so on. What has no backing holds
+        everything, holes too.
+        """
+        return [Extent(offset, length, 1)]
 
     # --- writing ---------------------------------------------------------------------------
 

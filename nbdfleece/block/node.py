@@ -281,6 +281,18 @@ class Node:
         finally:
             self.leave()
 
+    async def allocation_depth(self, offset: int, length: int) -> list[Extent]:
+        """Return which layers hold the range; see Driver.allocation_depth.
+
+        Cancel: not cancelled.
+        """
+        self._check_range("allocation depth", offset, length)
+        self.in_flight += 1
+        try:
+            return await self.driver.allocation_depth(offset, length)
+        finally:
+            self.leave()
+
     # --- points in time (snapshot-access reads through these) ----------------------------------
 
     async def snapshot_read(self, offset: int, view: memoryview) -> None:

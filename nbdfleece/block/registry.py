@@ -32,6 +32,8 @@ from nbdfleece.block.drivers.fault import EVENTS, BlkdebugDriver, Injection, IoT
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.host_device import HostDeviceDriver
 from nbdfleece.block.drivers.locks import Locking
+from nbdfleece.block.drivers.nbd.driver import NbdDriver
+from nbdfleece.block.drivers.nbd.target import InetServer, UnixServer, make_target
 from nbdfleece.block.drivers.null import NullDriver
 from nbdfleece.block.drivers.raw import RawDriver
 from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
@@ -226,6 +228,10 @@ class Options:
         if self._take(name, accepted) != accepted:
             raise CommandError(f"Parameter '{self.path}{name}' has no other value here yet")
 
+    def value(self, name: str) -> object:
+        """Take a parameter of any type."""
+        return self._take(name, None)
+
     def mapping(self, name: str) -> Options | None:
         """Take a nested object, without its content."""
         value = self._take(name, None)
@@ -356,6 +362,51 @@ def _host_device(options: Options) -> Build:
     return lambda _graph: HostDeviceDriver(filename=filename, locking=locking, cache_direct=direct)
 
 
+class _ServerType(enum.Enum):
+    INET = "inet"
+    UNIX = "unix"
+
+
+def _nbd(options: Options) -> Build:
+    options.require("server")
+    server = options.mapping("server")
+    if server is None:
+        raise options.wrong_type("server", "object")
+    where = _server(server)
+    tls_creds = options.string("tls-creds")
+    target = make_target(
+        where,
+        options.string("export", "") or "",
+        use_tls=tls_creds is not None,
+        tls_folder=tls_creds,
+        tls_hostname=options.string("tls-hostname"),
+        dirty_bitmap=options.string("x-dirty-bitmap"),
+    )
+    reconnect_delay_s = options.number("reconnect-delay", 0, bits=32) or 0
+    open_timeout_s = options.number("open-timeout", 0, bits=32) or 0
+    return lambda _graph: NbdDriver(
+        target, reconnect_delay_s=reconnect_delay_s, open_timeout_s=open_timeout_s
+    )
+
+
+def _server(options: Options) -> InetServer | UnixServer:
+    """Return a SocketAddress; a port is a text in QEMU, and may be a number here."""
+    options.require("type")
+    where: InetServer | UnixServer
+    if options.choice("type", _ServerType.INET) is _ServerType.UNIX:
+        where = UnixServer(options.required_string("path"))
+    else:
+        host = options.required_string("host")
+        options.require("port")
+        port = options.value("port")
+        digits = str(port) if isinstance(port, int) else port
+        if not isinstance(digits, str) or not (digits.isascii() and digits.isdigit()):
+            raise options.not_accepted("port", port)
+        where = InetServer(host, int(digits[:6]))
+    options.finish()
+    return where
+
+
 def _null(options: Options) -> Build:
     size = options.number("size", 1 * GiB) or 0
     latency_ns = options.number("latency-ns", 0) or 0
@@ -459,6 +510,7 @@ _DRIVERS: Final[Mapping[str, Callable[[Options], Build]]] = MappingProxyType(
         "copy-before-write": _copy_before_write,
         "file": _file,
         "host_device": _host_device,
+        "nbd": _nbd,
         "null-co": _null,
         "raw": _raw,
         "snapshot-access": _snapshot_access,

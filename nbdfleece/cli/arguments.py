@@ -41,28 +41,20 @@ NOT_BUILT: Final = frozenset(
         ("clone",),
         ("rollback",),
         ("map",),
-        ("client",),
         ("completion",),
         ("bitmap",),
         ("check",),
         ("qmp",),
-        ("pki",),
         ("backup",),
         ("restore",),
     }
 )
 
 # Likewise options, by command: (name, whether it takes a value).
-_SERVE_LATER: Final = (
-    ("--tls-creds", True),
-    ("--tls-verify-peer", True),
-    ("--policy", True),
-    ("--metrics", True),
-)
+_SERVE_LATER: Final = (("--metrics", True),)
 _CREATE_LATER: Final = (
     ("--expire", True),
     ("--bitmap", True),
-    ("--token", True),
     ("--pre", True),
     ("--post", True),
     ("--hook-timeout", True),
@@ -84,6 +76,8 @@ def build_parser(version: str) -> Parser:
     _add_serve(commands)
     _add_snapshot(commands)
     _add_status(commands)
+    _add_client(commands)
+    _add_pki(commands)
     return parser
 
 
@@ -115,7 +109,8 @@ def _add_serve(commands: _Commands) -> None:
     text = _Adder(parser)
     text(
         "--listen",
-        "unix:PATH, tcp:HOST:PORT, vsock:CID:PORT or fd:N; repeatable",
+        "unix:PATH, tcp:HOST:PORT, vsock:CID:PORT or fd:N, with ,tls=off|allow|require behind it "
+        "if wanted; repeatable",
         "ADDRESS",
         repeat=True,
     )
@@ -124,14 +119,48 @@ def _add_serve(commands: _Commands) -> None:
     text("--temp-dir", "folder for old data (default: in the state folder)", "DIR")
     text("--pid-file", "file for the process id", "PATH")
     text("--config", "TOML file with the same names; the command line wins", "FILE")
-    text("--max-connections", "NBD clients at a time; 0: no limit", "N", kind=_count)
-    text("--handshake-timeout", "for a client to choose an export", "SECONDS", kind=_seconds)
-    text("--drain-timeout", "for requests to end at shutdown", "SECONDS", kind=_seconds)
+    text(
+        "--tls-creds",
+        "folder with ca-cert.pem, server-cert.pem, server-key.pem and perhaps ca-crl.pem; or with "
+        "keys.psk",
+        "DIR",
+    )
+    parser.add_argument(
+        "--tls-verify-peer",
+        choices=("on", "off"),
+        help="whether clients must show a certificate of that authority (default: on)",
+    )
+    text("--policy", "TOML or JSON file that says who may do what; without it, all may", "FILE")
+    _add_serve_limits(parser)
     _switch(parser, "--print-uri", "print nothing but URIs when ready")
     _switch(parser, "--allow-insecure", "listen without TLS on addresses that are not loopback")
     _switch(parser, "--check-config", "say what is wrong with the configuration, and stop")
     _add_verbosity(parser)
     _add_later(parser, _SERVE_LATER)
+
+
+def _add_serve_limits(parser: Parser) -> None:
+    text = _Adder(parser)
+    text("--max-connections", "NBD clients at a time; 0: no limit", "N", kind=_count)
+    text("--max-connections-per-export", "of those, of one export", "N", kind=_count)
+    text(
+        "--max-connections-per-identity",
+        "of those, with one certificate subject, key, or local user",
+        "N",
+        kind=_count,
+    )
+    text("--max-connections-per-address", "of those, from one address", "N", kind=_count)
+    text("--max-requests", "requests that one client may have in flight", "N", kind=_count)
+    text("--max-request-bytes", "and the memory of their payloads", "SIZE", kind=_size)
+    text("--handshake-timeout", "for a client to choose an export", "SECONDS", kind=_seconds)
+    text("--idle-timeout", "without a request, then disconnect; 0: never", "SECONDS", kind=_seconds)
+    text("--write-stall-timeout", "for a client to take any of a reply", "SECONDS", kind=_seconds)
+    text("--drain-timeout", "for requests to end at shutdown", "SECONDS", kind=_seconds)
+    parser.add_argument(
+        "--extended-headers",
+        choices=("on", "off"),
+        help="whether clients may use 64-bit requests (default: on)",
+    )
 
 
 def _add_snapshot(commands: _Commands) -> None:
@@ -155,6 +184,12 @@ def _add_snapshot(commands: _Commands) -> None:
         help="what gives way when old data cannot be kept (default: break-snapshot)",
     )
     text("--timeout", "most that a guest write waits for old data", "SECONDS", kind=_seconds)
+    text(
+        "--token",
+        "print a secret URI that opens the snapshot for so long, without any identity",
+        "DURATION",
+        kind=_seconds,
+    )
     create.add_argument("--durability", choices=("process", "power"), help="what it outlives")
     _add_common(create)
     _add_later(create, _CREATE_LATER)
@@ -191,6 +226,70 @@ def _add_status(commands: _Commands) -> None:
     )
     health.set_defaults(command="health")
     _add_common(health, json=False)
+
+
+def _add_pki(commands: _Commands) -> None:
+    group = _add(
+        commands, "pki", "make certificates for TLS", "pki init /etc/nbdfleece/tls"
+    ).add_subparsers(metavar="SUBCOMMAND", required=True)
+    init = _add(
+        group,
+        "init",
+        "make an authority and a server's certificate (serve with --tls-creds DIR)",
+        "pki init /etc/nbdfleece/tls --host disks.example.org --host 192.0.2.7",
+    )
+    init.set_defaults(command="pki init")
+    init.add_argument("folder", metavar="DIR", help="made if it is not there")
+    init.add_argument(
+        "--host",
+        dest="hosts",
+        action="append",
+        metavar="NAME-OR-ADDRESS",
+        help="what clients call the server; repeatable (default: this machine's names, loopback)",
+    )
+    client = _add(
+        group,
+        "client",
+        "make the folder of a client, DIR/clients/NAME, and print where it is",
+        "pki client /etc/nbdfleece/tls backup1 --org Example",
+    )
+    client.set_defaults(command="pki client")
+    client.add_argument("folder", metavar="DIR", help="folder of the authority")
+    client.add_argument("name", metavar="NAME", help="its common name, and the folder's")
+    client.add_argument("--org", metavar="ORG", help="its organization")
+    revoke = _add(
+        group,
+        "revoke",
+        "let no server take a client's certificates any more",
+        "pki revoke /etc/nbdfleece/tls backup1",
+    )
+    revoke.set_defaults(command="pki revoke")
+    revoke.add_argument("folder", metavar="DIR", help="folder of the authority")
+    revoke.add_argument("name", metavar="NAME", help="of the client")
+    show = _add(
+        group,
+        "show",
+        "show which certificates there are and when they expire",
+        "pki show /etc/nbdfleece/tls",
+    )
+    show.set_defaults(command="pki show")
+    show.add_argument("folder", metavar="DIR", help="folder of the authority")
+    show.add_argument("--json", action="store_true", help="print JSON, for programs")
+    for parser in (init, client, revoke, show):
+        _add_verbosity(parser)
+
+
+def _add_client(commands: _Commands) -> None:
+    group = _add(
+        commands, "client", "look at NBD clients, and turn them out", "client list"
+    ).add_subparsers(metavar="SUBCOMMAND", required=True)
+    listing = _add(group, "list", "list who is connected", "client list --json")
+    listing.set_defaults(command="client list")
+    _add_common(listing)
+    kick = _add(group, "kick", "disconnect a client at once; it may come back", "client kick 7")
+    kick.set_defaults(command="client kick")
+    kick.add_argument("id", metavar="ID", type=_count, help="its number in `client list`")
+    _add_common(kick, json=False)
 
 
 class _Adder:

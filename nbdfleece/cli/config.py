@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import ConfigError
-from nbdfleece.base.limits import DRAIN_TIMEOUT_S, HANDSHAKE_TIMEOUT_S, MAX_CONNECTIONS
-from nbdfleece.base.units import parse_duration
+from nbdfleece.base.limits import (
+    DRAIN_TIMEOUT_S,
+    HANDSHAKE_TIMEOUT_S,
+    IDLE_TIMEOUT_S,
+    MAX_BYTES_IN_FLIGHT,
+    MAX_CONNECTIONS,
+    MAX_CONNECTIONS_PER_ADDRESS,
+    MAX_CONNECTIONS_PER_EXPORT,
+    MAX_CONNECTIONS_PER_IDENTITY,
+    MAX_REQUESTS_IN_FLIGHT,
+    WRITE_STALL_S,
+)
+from nbdfleece.base.units import parse_duration, parse_size
 from nbdfleece.cli.paths import control_socket, runtime_folder, state_folder
 
 if TYPE_CHECKING:
@@ -19,7 +30,7 @@ if TYPE_CHECKING:
 Value = str | int | float | bool | list[str]
 
 _CONFIG_LIMIT: Final = 1 << 20  # bytes
-_LATER: Final = ("tls-creds", "tls-verify-peer", "policy", "metrics")
+_LATER: Final = ("metrics",)
 
 
 def _text(value: object) -> Value | None:
@@ -37,6 +48,18 @@ def _texts(value: object) -> Value | None:
 
 def _switch(value: object) -> Value | None:
     return value if isinstance(value, bool) else None
+
+
+def _on_or_off(value: object) -> Value | None:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value if value in ("on", "off") and isinstance(value, str) else None
+
+
+def _size(value: object) -> Value | None:
+    if isinstance(value, str):
+        return parse_size(value)
+    return _count(value)
 
 
 def _count(value: object) -> Value | None:
@@ -60,9 +83,33 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[object], Value | None]]]] = {
     "pid-file": ("a path", _text),
     "print-uri": ("true or false", _switch),
     "allow-insecure": ("true or false", _switch),
+    "tls-creds": ("a path", _text),
+    "tls-verify-peer": ("on or off", _on_or_off),
+    "policy": ("a path", _text),
+    "extended-headers": ("on or off", _on_or_off),
     "max-connections": ("a whole number", _count),
+    "max-connections-per-export": ("a whole number", _count),
+    "max-connections-per-identity": ("a whole number", _count),
+    "max-connections-per-address": ("a whole number", _count),
+    "max-requests": ("a whole number", _count),
+    "max-request-bytes": ("a size", _size),
     "handshake-timeout": ("seconds", _seconds),
+    "idle-timeout": ("seconds", _seconds),
+    "write-stall-timeout": ("seconds", _seconds),
     "drain-timeout": ("seconds", _seconds),
+}
+
+
+_LIMITS: Final[Mapping[str, float]] = {
+    "max-connections": MAX_CONNECTIONS,
+    "max-connections-per-export": MAX_CONNECTIONS_PER_EXPORT,
+    "max-connections-per-identity": MAX_CONNECTIONS_PER_IDENTITY,
+    "max-connections-per-address": MAX_CONNECTIONS_PER_ADDRESS,
+    "max-requests": MAX_REQUESTS_IN_FLIGHT,
+    "max-request-bytes": MAX_BYTES_IN_FLIGHT,
+    "handshake-timeout": HANDSHAKE_TIMEOUT_S,
+    "idle-timeout": IDLE_TIMEOUT_S,
+    "write-stall-timeout": WRITE_STALL_S,
 }
 
 
@@ -170,14 +217,9 @@ class ServeOptions:
         return self._found.get(key) is True
 
     @property
-    def max_connections(self) -> int:
-        """NBD clients at a time."""
-        return int(self.number("max-connections", MAX_CONNECTIONS))
-
-    @property
-    def handshake_timeout_s(self) -> float:
-        """Seconds for a handshake."""
-        return self.number("handshake-timeout", HANDSHAKE_TIMEOUT_S)
+    def limits(self) -> dict[str, float]:
+        """All numbers that bound what clients may do, by the names of the options."""
+        return {name: self.number(name, usual) for name, usual in _LIMITS.items()}
 
     @property
     def drain_timeout_s(self) -> float:

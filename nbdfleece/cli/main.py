@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece import __version__
 from nbdfleece.base.errors import NbdfleeceError
-from nbdfleece.cli import serve, snapshot, status
+from nbdfleece.cli import clients, pki, serve, snapshot, status
 from nbdfleece.cli.arguments import NOT_BUILT, UsageError, build_parser
 from nbdfleece.cli.exits import FAILED, USAGE, code_of, complain
 
@@ -24,7 +24,13 @@ _COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "snapshot show": snapshot.show,
     "snapshot delete": snapshot.delete,
     "status": status.status,
+    "client list": clients.list_all,
+    "client kick": clients.kick,
     "health": status.health,
+    "pki init": pki.init,
+    "pki client": pki.add_client,
+    "pki revoke": pki.revoke,
+    "pki show": pki.show,
 }
 
 

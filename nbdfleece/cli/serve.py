@@ -41,8 +41,11 @@ def run(args: argparse.Namespace) -> int:
         pid_file=options.path("pid-file"),
         print_uri=options.is_on("print-uri"),
         allow_insecure=options.is_on("allow-insecure"),
-        max_connections=options.max_connections,
-        handshake_timeout_s=options.handshake_timeout_s,
+        tls_creds=options.path("tls-creds"),
+        tls_verify_peer=options.text("tls-verify-peer") != "off",
+        policy=options.path("policy"),
+        extended_headers=options.text("extended-headers") != "off",
+        limits=options.limits,
         drain_timeout_s=options.drain_timeout_s,
     )
     if not args.check_config:
@@ -68,4 +71,12 @@ def _check(settings: daemon.Settings, file: ConfigFile) -> None:
             daemon.check_listen(address)
         except ConfigError as error:
             raise ConfigError(f"{file.place_of(address)}{error}") from error
+    for path, check in (
+        (settings.tls_creds, daemon.check_credentials),
+        (settings.policy, daemon.check_policy),
+    ):
+        try:
+            check(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{file.place_of(str(path))}{error}") from error
     daemon.check(settings)

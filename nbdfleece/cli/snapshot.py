@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def create(args: argparse.Namespace) -> int:
-    """Take snapshots and print `DISK@NAME URI` for each."""
+    """Take snapshots and print `DISK@NAME URI` for each; with a token, the secret URI."""
     if args.durability == "power":
         raise UsageError("nbdfleece snapshot create", "--durability power is not built yet")
     arguments: dict[str, Json] = {"disks": args.disks}
-    for name in ("name", "temp-limit", "on-error", "timeout"):
+    for name in ("name", "temp-limit", "on-error", "timeout", "token"):
         value = getattr(args, name.replace("-", "_"))
         if value is not None:
             arguments[name] = value
@@ -31,16 +31,19 @@ def create(args: argparse.Namespace) -> int:
         uris = exports(client)
     if args.json:
         output.print_json(
-            [
-                {**row.value, "uri": next(iter(uris.get(row.text("export"), [])), None)}
-                for row in made
-            ]
+            [{**row.value, "uri": next(iter(_reach(row, uris)), None)} for row in made]
         )
         return DONE
     for row in made:
-        name = row.text("export")
-        print(" ".join([name, *uris.get(name, [])[:1]]))
+        print(" ".join([row.text("export"), *_reach(row, uris)[:1]]))
     return DONE
+
+
+def _reach(row: Row, uris: dict[str, list[str]]) -> list[str]:
+    """Return the URIs of a new snapshot, those with its token where it has one."""
+    if "token-uris" in row.value:
+        return row.texts("token-uris")
+    return uris.get(row.text("export"), [])
 
 
 def exports(client: Client) -> dict[str, list[str]]:

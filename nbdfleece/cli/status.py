@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.cli import output
 from nbdfleece.cli.client import Client, Row
+from nbdfleece.cli.clients import print_clients
 from nbdfleece.cli.exits import BROKEN, DONE, FAILED, complain
 from nbdfleece.cli.paths import control_socket
 from nbdfleece.cli.snapshot import print_list
@@ -29,7 +30,14 @@ class Picture:
         self.clients = client.query("query-fleece-clients")
 
     def warnings(self) -> list[str]:
-        """Return what is not as it should be, a sentence each."""
+        """Return what is not as it should be, or will not be, a sentence each."""
+        return self._faults() + [output.shown(text) for text in self.daemon.texts("warnings")]
+
+    def problems(self) -> list[str]:
+        """Return what is not as it should be now."""
+        return self._faults() + [output.shown(text) for text in self.daemon.texts("expired")]
+
+    def _faults(self) -> list[str]:
         found = [
             f"snapshot {row.text('export')} is broken: {output.shown(row.text('error'))}"
             for row in self.snapshots
@@ -62,13 +70,13 @@ def health(args: argparse.Namespace) -> int:
     """Return 0 when all is well; say what is not."""
     with Client(control_socket(args.control)) as client:
         picture = Picture(client)
-    warnings = picture.warnings()
-    if not warnings:
+    problems = picture.problems()
+    if not problems:
         if not args.quiet:
             print("ok")
         return DONE
-    for warning in warnings:
-        complain("health", warning)
+    for problem in problems:
+        complain("health", problem)
     is_broken = any(row.text("state") != "ok" for row in picture.snapshots)
     return BROKEN if is_broken else FAILED
 
@@ -120,17 +128,4 @@ def _print(picture: Picture) -> None:
         print_list(picture.snapshots)
     if picture.clients:
         print()
-        output.print_table(
-            ("CLIENT", "EXPORT", "REQUESTS", "READ", "WRITTEN", "PEER"),
-            [
-                (
-                    str(row.number("id")),
-                    output.shown(row.text("export")) or "-",
-                    str(row.number("requests")),
-                    output.size(row.number("bytes-read")),
-                    output.size(row.number("bytes-written")),
-                    output.shown(row.text("peer")),
-                )
-                for row in picture.clients
-            ],
-        )
+        print_clients(picture.clients)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -10,12 +12,6 @@ from nbdfleece.server.addresses import Address, FdAddress, TcpAddress, UnixAddre
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from nbdfleece.server.listener import Listener
-import os
-import socket
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
     from nbdfleece.control.events import Events
     from nbdfleece.fleece.fleece import Fleece
     from nbdfleece.protocol.qmp.schema import Arguments, Struct
@@ -65,7 +61,11 @@ def uris(server: Server, export: str) -> list[str]:
             places = addresses(listener)
         else:
             places = [listener.address]
-        found += [place.uri(export) for place in places if not isinstance(place, FdAddress)]
+        found += [
+            place.uri(export, tls=listener.needs_tls)
+            for place in places
+            if not isinstance(place, FdAddress)
+        ]
     return found
 
 

@@ -19,6 +19,7 @@ from nbdfleece.fleece.news import (
     TempThreshold,
 )
 from nbdfleece.protocol.qmp import messages
+from nbdfleece.server.audit import ClientConnected, ClientNews
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,3 +55,23 @@ class Events:
             self.emit("FLEECE_SNAPSHOT_BROKEN", {**data, "error": news.error})
         elif isinstance(news, TempThreshold):
             self.emit("FLEECE_TEMP_THRESHOLD", {**data, "used": news.used, "limit": news.limit})
+
+    def client_news(self, news: ClientNews) -> None:
+        """Tell all monitors of a client that has opened an export, or is gone again."""
+        data: dict[str, Json] = {"id": news.id, "peer": news.peer}
+        if news.identity:
+            data["identity"] = news.identity
+        data["export"] = news.export
+        if isinstance(news, ClientConnected):
+            if news.tls:
+                data["tls"] = news.tls
+            self.emit("FLEECE_CLIENT_CONNECTED", data)
+            return
+        data |= {
+            "bytes-read": news.bytes_read,
+            "bytes-written": news.bytes_written,
+            "requests": news.requests,
+            "duration": news.duration_s,
+            "reason": news.reason,
+        }
+        self.emit("FLEECE_CLIENT_DISCONNECTED", data)

@@ -1,4 +1,4 @@
-"""A disk: a file or block device, its node, its live export, and its snapshots."""
+"""A disk: a file, block device or another server's export; its node, live export and snapshots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nbdfleece.block import permissions
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.host_device import HostDeviceDriver
 from nbdfleece.block.drivers.locks import Locking
+from nbdfleece.block.drivers.nbd.driver import NbdDriver
 
 if TYPE_CHECKING:
     from nbdfleece.block.driver import Driver
@@ -132,6 +133,12 @@ def _unshared(perm: int, shared: int) -> int:
 
 def make_driver(location: Location, *, is_device: bool) -> Driver:
     """Return the driver for a disk, not opened."""
+    if location.remote is not None:
+        return NbdDriver(
+            location.remote,
+            reconnect_delay_s=location.reconnect_delay_s,
+            open_timeout_s=location.open_timeout_s,
+        )
     locking = Locking.AUTO if location.locking else Locking.OFF
     if is_device:
         return _OwnDevice(filename=location.path, locking=locking, cache_direct=location.direct)
@@ -152,6 +159,8 @@ def identity(location: Location, size: int, *, is_stopped: bool) -> dict[str, Va
         is_stopped: Nobody writes any more, so the time of the last change tells of strangers.
     """
     facts: dict[str, Value] = {"disk": location.disk, "location": location.path, "size": size}
+    if location.remote is not None:
+        return facts
     try:
         status = os.stat(location.path)
     except OSError:  # removed while it was served

@@ -21,7 +21,12 @@ from nbdfleece.base.notify import Notifier
 from nbdfleece.fleece.change import in_time, quiet, remove_export
 from nbdfleece.fleece.disk import Disk, identity, make_driver
 from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotNotFound
-from nbdfleece.fleece.location import check_snapshot_name, is_block_device
+from nbdfleece.fleece.location import (
+    PROBE_LENGTH,
+    check_is_raw,
+    check_snapshot_name,
+    is_block_device,
+)
 from nbdfleece.fleece.news import (
     News,
     SnapshotCreated,
@@ -31,11 +36,13 @@ from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions
 from nbdfleece.fleece.watch import watch
 from nbdfleece.server.export import ExportOptions
 from nbdfleece.server.exports import Exports, RemoveMode
+from nbdfleece.server.tokens import Tokens, check_lifetime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nbdfleece.block.graph import Graph
+    from nbdfleece.block.node import Node
     from nbdfleece.fleece.location import Location
     from nbdfleece.fleece.store import StateFolder
 
@@ -51,6 +58,20 @@ class TempSpace:
     total: int
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A snapshot that has just been taken.
+
+    Attributes:
+        snapshot: It.
+        token_export: The name with a token that opens it too, where one was asked for. Nobody else
+            knows it: for whoever asked, and for no log.
+    """
+
+    snapshot: Snapshot
+    token_export: str | None
+
+
 class Fleece:
     """Disks, their snapshots, and the changes to both.
 
@@ -58,16 +79,18 @@ class Fleece:
         graph: Where the nodes go.
         exports: Where the exports go.
         state: The state folder, opened.
+        tokens: Where names with tokens go.
 
     Attributes:
         news: What happens to snapshots.
     """
 
-    def __init__(self, graph: Graph, exports: Exports, state: StateFolder) -> None:
+    def __init__(self, graph: Graph, exports: Exports, state: StateFolder, tokens: Tokens) -> None:
         self.news: Notifier[News] = Notifier()
         self._graph = graph
         self._exports = exports
         self._state = state
+        self._tokens = tokens
         self._disks: dict[str, Disk] = {}
         self._changing = asyncio.Lock()  # F1; never held by requests
 
@@ -130,6 +153,8 @@ class Fleece:
             )
             try:
                 _check_size(location, node.size)
+                if location.remote is not None:
+                    await _check_remote_is_raw(location, node)
                 await asyncio.to_thread(self._write_disk, location, node.size, is_stopped=False)
                 name = location.disk
                 options = ExportOptions(name, name, not location.read_only, "")
@@ -163,9 +188,25 @@ class Fleece:
                 raise InUse(f"disk '{name}' has snapshots: {names}")
             if not force and disk.clients:
                 raise InUse(f"disk '{name}' is in use by {disk.clients} connections")
-            for snapshot in list(disk.snapshots.values()):
-                await self._delete(disk, snapshot, RemoveMode.HARD)
-            await self._close(disk, RemoveMode.HARD if force else RemoveMode.SAFE)
+            if force:
+                await self._close_whatever_it_takes(disk)
+            else:
+                await self._close(disk, RemoveMode.SAFE)
+
+    async def _close_whatever_it_takes(self, disk: Disk) -> None:
+        """Take a disk with its snapshots away; a server that does not answer is given up."""
+        try:
+            await self._close_all(disk)
+        except CommandError as error:
+            if not disk.node.driver.yank():
+                raise
+            _log.error("disk %s: %s; its server is given up", disk.name, error)
+            await self._close_all(disk)
+
+    async def _close_all(self, disk: Disk) -> None:
+        for snapshot in reversed(list(disk.snapshots.values())):
+            await self._delete(disk, snapshot, RemoveMode.HARD)
+        await self._close(disk, RemoveMode.HARD)
 
     async def _close(self, disk: Disk, mode: RemoveMode) -> None:
         """Take a disk without snapshots away: export, data to the disk, node."""
@@ -173,7 +214,7 @@ class Fleece:
             await remove_export(self._exports, disk.export, mode)
         if not disk.location.read_only:
             try:
-                await disk.node.flush()
+                await _flush(disk)
             except IoError as error:
                 _log.error("disk %s: last flush failed: %s", disk.name, error)
         await self._graph.remove(disk.node)
@@ -192,14 +233,20 @@ class Fleece:
     # --- snapshots -----------------------------------------------------------------------------
 
     async def create_snapshots(
-        self, disks: Sequence[str], name: str | None, options: SnapshotOptions
-    ) -> list[Snapshot]:
+        self,
+        disks: Sequence[str],
+        name: str | None,
+        options: SnapshotOptions,
+        *,
+        token_s: float | None,
+    ) -> list[Taken]:
         """Take the point in time of some disks, the same for all.
 
         Args:
             disks: Names of disks.
             name: Name of the snapshots; None: the time, `YYYYmmddTHHMMSSZ`.
             options: How they behave.
+            token_s: Seconds for which a token opens each; None: no tokens.
 
         Raises:
             DiskNotFound: A disk is not there.
@@ -214,6 +261,8 @@ class Fleece:
             raise CommandError("a disk is named twice")
         if name is not None:
             check_snapshot_name(name)
+        if token_s is not None:
+            check_lifetime(token_s)
         async with self._changing:
             group = [self.disk(disk) for disk in disks]
             name = self._free_name(group) if name is None else self._check_free(group, name)
@@ -227,6 +276,7 @@ class Fleece:
                 for snapshot in made:
                     await snapshot.expose(self._graph, self._exports)
                     await snapshot.keep(self._state)
+                taken = [Taken(snapshot, self._grant(snapshot, token_s)) for snapshot in made]
             except BaseException:
                 await self._undo(made)
                 raise
@@ -235,7 +285,7 @@ class Fleece:
                 self.news.publish(SnapshotCreated(disk.name, name, snapshot.instant))
                 watch(snapshot, self.news)
                 _log.info("snapshot %s: taken at %s", snapshot.export_name, snapshot.instant)
-            return made
+            return taken
 
     async def delete_snapshot(self, disk: str, name: str, *, force: bool) -> None:
         """Give up a snapshot; with `force` also while it is being read.
@@ -275,9 +325,18 @@ class Fleece:
                     snapshot.disengage(self._graph)
                 raise
 
+    def _grant(self, snapshot: Snapshot, token_s: float | None) -> str | None:
+        """Return a new name that opens the snapshot by a token, where one is wanted."""
+        if token_s is None:
+            return None
+        name = self._tokens.add(snapshot.export_name, token_s)
+        _log.info("snapshot %s: a token opens it for %g seconds", snapshot.export_name, token_s)
+        return name
+
     async def _undo(self, made: list[Snapshot]) -> None:
         """Take apart what an attempt has made; what stays is logged; the next start removes it."""
         for snapshot in reversed(made):
+            self._tokens.revoke(snapshot.export_name)
             try:
                 await snapshot.hide(self._graph, self._exports, RemoveMode.HARD)
                 async with in_time(f"removing snapshot {snapshot.export_name}"):
@@ -287,6 +346,7 @@ class Fleece:
 
     async def _delete(self, disk: Disk, snapshot: Snapshot, mode: RemoveMode) -> None:
         await snapshot.hide(self._graph, self._exports, mode)
+        self._tokens.revoke(snapshot.export_name)
         try:
             await snapshot.take_apart(self._graph)
         except CommandError:
@@ -329,13 +389,35 @@ class Fleece:
         async with self._changing:
             for disk in self.disks():
                 try:
-                    for snapshot in reversed(list(disk.snapshots.values())):
-                        await self._delete(disk, snapshot, RemoveMode.HARD)
-                    await self._close(disk, RemoveMode.HARD)
+                    await self._close_whatever_it_takes(disk)
                 except CommandError as error:
                     is_clean = False
                     _log.error("disk %s: %s", disk.name, error)
         return is_clean
+
+
+async def _check_remote_is_raw(location: Location, node: Node) -> None:
+    start = bytearray(min(PROBE_LENGTH, node.size))
+    try:
+        async with in_time(f"the first read of disk '{location.disk}'"):
+            await node.read(0, memoryview(start))
+    except IoError as error:
+        raise CommandError(f"disk '{location.disk}': {error}") from error
+    check_is_raw(location, bytes(start))
+
+
+async def _flush(disk: Disk) -> None:
+    """Flush a disk for the last time; another server may take only so long.
+
+    Raises:
+        IoError: It failed.
+        CommandError: A server does not answer.
+    """
+    if disk.location.remote is None:
+        await disk.node.flush()
+        return
+    async with in_time(f"the last flush of disk '{disk.name}'"):
+        await disk.node.flush()
 
 
 def _check_size(location: Location, size: int) -> None:

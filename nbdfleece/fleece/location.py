@@ -11,17 +11,21 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError, ConfigError
 from nbdfleece.base.limits import MAX_DISK_NAME
+from nbdfleece.base.units import parse_duration
 from nbdfleece.fleece.errors import LocationNotFound, NotBuilt
+from nbdfleece.fleece.uri import is_nbd_uri, parse_nbd_uri
+
+if TYPE_CHECKING:
+    from nbdfleece.block.drivers.nbd.target import Target
 
 NAME_RULE: Final = "a letter, then at most 63 letters, digits, '_', '.' or '-'"
 
 _NAME: Final = re.compile(rf"[A-Za-z][A-Za-z0-9_.-]{{0,{MAX_DISK_NAME - 1}}}")
 _TIME_NAME: Final = re.compile(r"[0-9]{8}T[0-9]{6}Z(?:-[0-9]{1,9})?")
-_URI: Final = re.compile(r"(?:nbd|nbds)(?:\+[a-z]+)?://", re.IGNORECASE)
 _SWITCHES: Final = {"on": True, "off": False}
 _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "format": ("raw", "qcow2"),
@@ -30,6 +34,8 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "cache": ("writeback", "none"),
     "locking": ("on", "off"),
 }
+_DURATIONS: Final = ("reconnect-delay", "open-timeout")
+_NOT_REMOTE: Final = ("cache", "locking")  # ours to choose for our own files only
 
 # First bytes of what is no raw disk: (offset, bytes, name).
 _IMAGE_FORMATS: Final = (
@@ -46,7 +52,7 @@ _IMAGE_FORMATS: Final = (
     (0, b"WithouFreSpacExt", "parallels"),
     (0, b"Bochs Virtual HD Image", "bochs"),
 )
-_PROBE_LENGTH: Final = 512
+PROBE_LENGTH: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +61,15 @@ class Location:
 
     Attributes:
         disk: Its name.
-        path: Where it is; absolute.
+        path: Where it is; absolute, or an NBD URI.
         format_given: `format=raw` was said, so its first bytes do not matter.
         read_only: Nobody may write.
         discard: Discards reach the file (`discard=unmap`).
         direct: The page cache is not used (`cache=none`).
         locking: Take QEMU's image locks.
+        remote: The export of another NBD server that `path` leads to; None: a file or device.
+        reconnect_delay_s: Seconds that requests wait for a lost server; 0: they fail.
+        open_timeout_s: Seconds that a server is tried at the start; 0: once.
     """
 
     disk: str
@@ -70,6 +79,9 @@ class Location:
     discard: bool = True
     direct: bool = False
     locking: bool = True
+    remote: Target | None = None
+    reconnect_delay_s: float = 0.0
+    open_timeout_s: float = 0.0
 
 
 def check_disk_name(name: str) -> None:
@@ -122,10 +134,9 @@ def make_location(name: str | None, path: str, options: dict[str, str]) -> Locat
     """
     if not path:
         raise ConfigError(f"disk '{name or ''}': no location is given")
-    if _URI.match(path):
-        raise NotBuilt(f"disk '{path}': NBD servers as disks are not built yet")
+    remote = parse_nbd_uri(path) if is_nbd_uri(path) else None
     if name is None:
-        name = Path(path).stem
+        name = Path(path).stem if remote is None else remote.export
         if _NAME.fullmatch(name) is None:
             raise ConfigError(
                 f"disk '{path}': '{name}' cannot be the name of a disk ({NAME_RULE}); "
@@ -133,33 +144,39 @@ def make_location(name: str | None, path: str, options: dict[str, str]) -> Locat
             )
     check_disk_name(name)
     for key, value in options.items():
-        _check_option(name, key, value)
+        _check_option(name, key, value, is_remote=remote is not None)
     if options.get("format") == "qcow2":
         raise NotBuilt(f"disk '{name}': format=qcow2 is not built yet")
     return Location(
         disk=name,
-        path=os.path.abspath(path),
+        path=os.path.abspath(path) if remote is None else path,
         format_given="format" in options,
         read_only=_SWITCHES[options.get("read-only", "off")],
         discard=options.get("discard", "unmap") == "unmap",
         direct=options.get("cache", "writeback") == "none",
         locking=_SWITCHES[options.get("locking", "on")],
+        remote=remote,
+        reconnect_delay_s=parse_duration(options.get("reconnect-delay", "0")),
+        open_timeout_s=parse_duration(options.get("open-timeout", "0")),
     )
 
 
 def is_block_device(location: Location) -> bool:
-    """Tell whether the disk is a block device; else it is a regular file.
+    """Tell whether the disk is a block device; else it is a regular file, or remote.
 
     Raises:
-        CommandError: It is neither, is not there, or holds an image that is not raw.
+        CommandError: It is neither, is not there, or holds an image that is not raw. Nothing is
+            asked of a remote one.
     """
+    if location.remote is not None:
+        return False
     try:
         mode = os.stat(location.path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             what = "a folder" if stat.S_ISDIR(mode) else "neither a file nor a block device"
             raise CommandError(f"disk '{location.disk}': '{location.path}' is {what}")
         if not location.format_given:
-            _check_is_raw(location)
+            _check_file_is_raw(location)
     except FileNotFoundError as error:
         raise LocationNotFound(
             f"disk '{location.disk}': '{location.path}': {error.strerror}"
@@ -170,9 +187,19 @@ def is_block_device(location: Location) -> bool:
     return stat.S_ISBLK(mode)
 
 
-def _check_is_raw(location: Location) -> None:
+def _check_file_is_raw(location: Location) -> None:
     with open(location.path, "rb") as file:
-        start = file.read(_PROBE_LENGTH)
+        check_is_raw(location, file.read(PROBE_LENGTH))
+
+
+def check_is_raw(location: Location, start: bytes) -> None:
+    """Check that the first PROBE_LENGTH bytes of a disk are of no image format that we know.
+
+    Raises:
+        CommandError: They are, and the format was not given.
+    """
+    if location.format_given:
+        return
     for offset, magic, name in _IMAGE_FORMATS:
         if start[offset : offset + len(magic)] == magic:
             raise CommandError(
@@ -181,10 +208,17 @@ def _check_is_raw(location: Location) -> None:
             )
 
 
-def _check_option(disk: str, key: str, value: str) -> None:
+def _check_option(disk: str, key: str, value: str, *, is_remote: bool) -> None:
+    if (key in _DURATIONS and not is_remote) or (key in _NOT_REMOTE and is_remote):
+        other = "a file or device" if is_remote else "an NBD server"
+        raise ConfigError(f"disk '{disk}': '{key}' is for {other}")
+    if key in _DURATIONS:
+        parse_duration(value)
+        return
     choices = _CHOICES.get(key)
     if choices is None:
-        raise ConfigError(f"disk '{disk}': unknown key '{key}' (known: {', '.join(_CHOICES)})")
+        known = ", ".join((*_CHOICES, *_DURATIONS))
+        raise ConfigError(f"disk '{disk}': unknown key '{key}' (known: {known})")
     if value not in choices:
         raise ConfigError(f"disk '{disk}': {key}='{value}' is none of {', '.join(choices)}")
 

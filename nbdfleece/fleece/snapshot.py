@@ -261,7 +261,8 @@ class Snapshot:
                 discard_enabled=True,
             )
         name = self.export_name
-        self._export = exports.add(self._access, ExportOptions(name, name, False, self.instant))
+        text = f"disk {self.disk} as of {self.instant}, crash-consistent"
+        self._export = exports.add(self._access, ExportOptions(name, name, False, text))
         if self.cbw.error is not None:
             self._refuse_clients(self.cbw.error)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from sides import Side
+    from sides import Side, TlsFolders
 
 WARM_BUFFER: Final = 4 << 20
 FIRST_SEED: Final = 1000
@@ -100,7 +100,12 @@ class Comparison:
     """
 
     def __init__(
-        self, settings: Settings, *, writers: Sequence[Side], readers: Sequence[Side]
+        self,
+        settings: Settings,
+        *,
+        writers: Sequence[Side],
+        readers: Sequence[Side],
+        tls: TlsFolders | None,
     ) -> None:
         """Set up.
 
@@ -108,7 +113,9 @@ class Comparison:
             settings: How much to measure.
             writers: Sides that take part in everything, ours first.
             readers: Further sides for the experiments that only read.
+            tls: Certificates for the experiments over TLS; None when there are none of those.
         """
+        self._tls = tls
         self.peak: dict[str, int] = {}
         self._settings = settings
         self._writers = list(writers)
@@ -141,6 +148,7 @@ class Comparison:
     def _open(self, experiment: Experiment, sides: list[Side]) -> None:
         for side in sides:
             warm(side.active)
+            side.tls = self._tls if experiment.is_tls else None
             with _naming(side):
                 side.start()
                 if experiment.scene is Scene.SNAPSHOT:

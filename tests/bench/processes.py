@@ -87,22 +87,24 @@ class Server:
         argv: list[str],
         *,
         log: Path,
-        sockets: list[Path],
+        sockets: list[Path | int],
         env: dict[str, str] | None = None,
     ) -> Server:
-        """Start a server and wait until each of its Unix sockets accepts a connection.
+        """Start a server and wait until each of its sockets accepts a connection.
 
         Args:
             argv: The command.
             log: File for its output; overwritten.
-            sockets: Paths the server will listen at. Left-overs are removed first.
+            sockets: Paths of Unix sockets, and ports of the loopback, that the server will listen
+                at. Left-over paths are removed first.
             env: Its environment; None for ours.
 
         Raises:
             BenchError: It ended, or is not ready in time; nothing of it is left running.
         """
         for path in sockets:
-            path.unlink(missing_ok=True)
+            if isinstance(path, Path):
+                path.unlink(missing_ok=True)
         with log.open("wb") as output:
             try:
                 process = subprocess.Popen(
@@ -123,6 +125,11 @@ class Server:
             raise
         return server
 
+    def reset_peak_memory(self) -> None:
+        """Begin to measure the peak of resident memory anew."""
+        for pid in _process_tree(self._process.pid):
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+
     def peak_memory(self) -> int:
         """Return the bytes of peak resident memory (VmHWM), summed over the process tree."""
         return sum(_peak_resident(pid) for pid in _process_tree(self._process.pid))
@@ -140,15 +147,15 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(STOP_TIMEOUT_S)
 
-    def _wait_ready(self, sockets: list[Path]) -> None:
+    def _wait_ready(self, sockets: list[Path | int]) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
-        for path in sockets:
-            while not _accepts(path):
+        for place in sockets:
+            while not _accepts(place):
                 if self._has_ended():
                     why = _last_line(self.log.read_text(errors="replace"))
                     raise BenchError(f"{_command_name(self._process)} ended at start: {why}")
                 if time.monotonic() > deadline:
-                    raise BenchError(f"{_command_name(self._process)}: no socket {path.name}")
+                    raise BenchError(f"{_command_name(self._process)}: no socket {place}")
                 time.sleep(POLL_S)
 
     def _has_ended(self) -> bool:
@@ -175,10 +182,18 @@ def _command_name(process: subprocess.Popen[bytes]) -> str:
     return " ".join(Path(str(word)).name for word in argv[:4])
 
 
-def _accepts(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _accepts(place: Path | int) -> bool:
+    is_port = isinstance(place, int)
+    with socket.socket(socket.AF_INET if is_port else socket.AF_UNIX) as probe:
         try:
-            probe.connect(str(path))
+            probe.connect(("127.0.0.1", place) if is_port else str(place))
         except (FileNotFoundError, ConnectionRefusedError):
             return False
     return True

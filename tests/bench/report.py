@@ -11,9 +11,11 @@ import platform
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import crowd
 from compare import Measured, Ratio, Settings, ratio
 
 if TYPE_CHECKING:
+    from crowd import Crowd
     from huge import HugeDisk
 
 MIB: Final = 1 << 20
@@ -32,6 +34,7 @@ class Report:
         socket_rate: MiB/s between two processes over a Unix socket; None when not measured.
         at_rest, peak: Side's label -> bytes of peak resident memory.
         huge: Side's label -> what 16 TiB took.
+        crowd: What a thousand connections leave to a working client; None when not measured.
         errors: What could not be measured besides the rows, one line each.
     """
 
@@ -44,6 +47,7 @@ class Report:
     at_rest: dict[str, int] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
     huge: dict[str, HugeDisk] = field(default_factory=dict)
+    crowd: Crowd | None = None
     errors: list[str] = field(default_factory=list)
 
     def failures(self) -> list[str]:
@@ -92,6 +96,7 @@ def as_json(report: Report) -> dict[str, object]:
         "socket-copy-mib-per-second": report.socket_rate,
         "memory-at-rest-bytes": report.at_rest,
         "memory-peak-bytes": report.peak,
+        "crowd": asdict(report.crowd) if report.crowd is not None else None,
         "errors": report.errors,
         "huge-disk": {name: asdict(found) for name, found in report.huge.items()},
     }
@@ -128,6 +133,8 @@ def _tables(report: Report) -> list[Table]:
         tables.append(_memory_table(report))
     if report.huge:
         tables.append(_huge_table(report))
+    if report.crowd is not None:
+        tables.append(_crowd_table(report.crowd))
     return tables
 
 
@@ -172,6 +179,21 @@ def _huge_table(report: Report) -> Table:
     return Table(
         "A sparse disk of 16 TiB",
         ["server", "start (s)", "snapshot (s)", "additional memory (MiB)"],
+        rows,
+    )
+
+
+def _crowd_table(found: Crowd) -> Table:
+    rows = []
+    for name, ratios in found.ratios.items():
+        median = found.median(name)
+        numbers = [f"{value:.2f}x" for value in (median, min(ratios), max(ratios))]
+        holds = "yes" if median >= crowd.TARGET else "NO"
+        rows.append([name, *numbers, f">= {crowd.TARGET:g}x", holds])
+    rows.append(["additional memory (MiB)", _mib(found.added_bytes), *[NONE] * 4])
+    return Table(
+        f"A client among {crowd.COUNT} others, as a ratio of itself alone",
+        ["client", "median", "min", "max", "target", "holds"],
         rows,
     )
 

@@ -47,6 +47,7 @@ class Experiment:
         load: Runs it once.
         is_read: It only reads, so that a server without snapshots or writes may take part.
         space: Gets the temporary bytes per guest write; None outside Scene.FRESH.
+        is_tls: The client comes over TCP and TLS, with a certificate; else over a Unix socket.
     """
 
     row: Row
@@ -54,6 +55,7 @@ class Experiment:
     load: Load
     is_read: bool
     space: Row | None = None
+    is_tls: bool = False
 
     def rows(self) -> list[Row]:
         """Return the rows this experiment fills, in the order of the table."""
@@ -62,6 +64,11 @@ class Experiment:
 
 def _snapshot_read(key: str, title: str, unit: str, target: float | None, load: Load) -> Experiment:
     return Experiment(Row(key, title, unit, target), Scene.SNAPSHOT, load, is_read=True)
+
+
+def _tls_read(key: str, title: str, target: float, load: Load) -> Experiment:
+    row = Row(key, title, "MiB/s", target)
+    return Experiment(row, Scene.SNAPSHOT, load, is_read=True, is_tls=True)
 
 
 def _fresh(depth: int) -> Experiment:
@@ -103,12 +110,17 @@ EXPERIMENTS: Final[tuple[Experiment, ...]] = (
     _plain("read", 16),
     _plain("write", 1),
     _plain("write", 16),
+    _tls_read("nbdcopy-tls", "nbdcopy over TLS", 1.2, copy_to_null()),
+    _tls_read(
+        "nbdcopy-tls-one", "nbdcopy over TLS, one connection", 1.2, copy_to_null(*ONE_CONNECTION)
+    ),
 )
 
 SOCKET_COPY: Final = "socket-copy"
 MEMORY: Final = "memory"
 HUGE_DISK: Final = "huge-disk"
-EXTRAS: Final = (SOCKET_COPY, MEMORY, HUGE_DISK)
+CROWD: Final = "crowd"
+EXTRAS: Final = (SOCKET_COPY, MEMORY, HUGE_DISK, CROWD)
 
 
 def keys() -> list[str]:

@@ -6,9 +6,9 @@
 
 Every row is a ratio of runs that follow each other in turn: absolute rates of a shared machine
 mean little. The modules beside this one: `rows` says what is measured and what we aim at, `sides`
-are the servers, `loads` the clients, `compare` the order of runs, `huge` the 16 TiB disk, `report`
-the tables. Needs qemu-storage-daemon, nbdcopy and fio with its nbd engine; nbdkit is shown beside
-them where it is installed.
+are the servers, `loads` the clients, `compare` the order of runs, `huge` the 16 TiB disk, `crowd`
+the thousand connections, `report` the tables. Needs qemu-storage-daemon, nbdcopy and fio with its
+nbd engine; nbdkit is shown beside them where it is installed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,23 @@ import tempfile
 from pathlib import Path
 from typing import Final, NoReturn
 
+import crowd
 import huge
 import report
-from compare import Comparison, Settings, memory_at_rest
-from loads import check_tools, socket_copy_rate
-from processes import BenchError
-from rows import EXTRAS, HUGE_DISK, MEMORY, SOCKET_COPY, chosen, keys, matches
-from sides import Fleece, Nbdkit, Reference, Side, reference_label, reference_program
+from compare import FIRST_SEED, Comparison, Settings, memory_at_rest, warm
+from loads import Task, check_tools, socket_copy_rate
+from processes import BenchError, run_command
+from rows import CROWD, EXTRAS, HUGE_DISK, MEMORY, SOCKET_COPY, chosen, keys, matches
+from sides import (
+    COMMAND_TIMEOUT_S,
+    Fleece,
+    Nbdkit,
+    Reference,
+    Side,
+    TlsFolders,
+    reference_label,
+    reference_program,
+)
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 OURS: Final = "nbdfleece"
@@ -116,7 +126,9 @@ def _measure(options: argparse.Namespace, programs: dict[str, str], folder: Path
     if experiments or MEMORY in wanted:
         _progress("making the files")
         writers, readers = _sides(options, programs, nbdkit, folder)
-        comparison = Comparison(settings, writers=writers, readers=readers)
+        is_tls = any(experiment.is_tls for experiment in experiments)
+        tls = _certificates(options, folder) if is_tls else None
+        comparison = Comparison(settings, writers=writers, readers=readers, tls=tls)
         for experiment in experiments:
             result.measured += comparison.run(experiment, _progress)
         if MEMORY in wanted:
@@ -129,6 +141,8 @@ def _measure(options: argparse.Namespace, programs: dict[str, str], folder: Path
                     result.errors.append(f"memory: {side.label}: {error}")
     if HUGE_DISK in wanted:
         _measure_huge(options, programs, folder, result)
+    if CROWD in wanted:
+        _measure_crowd(options, settings, folder, result)
     _progress("")
     return result
 
@@ -146,6 +160,43 @@ def _measure_huge(
             result.huge[label] = huge.measure(make_side, folder / "huge")
         except BenchError as error:
             result.errors.append(f"{HUGE_DISK}: {label}: {error}")
+
+
+def _measure_crowd(
+    options: argparse.Namespace, settings: Settings, folder: Path, result: report.Report
+) -> None:
+    _progress(f"{CROWD}: {crowd.COUNT} connections")
+    active = folder / "active-crowd.raw"
+    _fill([active], settings.size)
+    warm(active)
+    side = Fleece(OURS, active, folder / "side-crowd", command=options.ours_command, root=ROOT)
+
+    def make_task(pair: int) -> Task:
+        return Task(
+            side.snapshot_uri(),
+            settings.size,
+            FIRST_SEED + pair,
+            settings.runtime_s,
+            settings.scratch,
+        )
+
+    try:
+        result.crowd = crowd.measure(side, make_task, settings.pairs)
+    except BenchError as error:
+        result.errors.append(f"{CROWD}: {error}")
+
+
+def _certificates(options: argparse.Namespace, folder: Path) -> TlsFolders:
+    """Make a CA, a server and a client, as a user of ours does; all sides are given the same."""
+    pki = folder / "pki"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for words in (
+        ["init", str(pki), "--host", "localhost", "--host", "127.0.0.1"],
+        ["client", str(pki), "bench"],
+    ):
+        argv = [*options.ours_command, "pki", *words]
+        run_command(argv, timeout_s=COMMAND_TIMEOUT_S, env=env)
+    return TlsFolders(server=pki, client=pki / "clients" / "bench")
 
 
 def _sides(

@@ -11,6 +11,9 @@ nbdfleece takes a snapshot while it runs. The reference is restarted with the co
 filter and a new empty temporary image, which is its own way of making a point in time. nbdkit has
 no snapshots: its file plugin serves the plain file, as the rate of a server that only reads.
 
+A side whose `tls` is set serves over TLS, on a port of the loopback, with the server's certificate
+of that folder, and demands one of the client; else over a Unix socket.
+
 Follows: docs on fleecing, "The reference set-up, for side-by-side benchmarks".
 """
 
@@ -19,10 +22,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import quote
 
-from processes import BenchError, Server, find_program, run_command
+from processes import BenchError, Server, find_program, free_port, run_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +35,15 @@ COMMAND_TIMEOUT_S: Final = 60.0
 SOCKET_FOLDER_LIMIT: Final = 107 - len("/control.sock")
 DISK: Final = "vda"
 SNAPSHOT: Final = "bench"
+MAX_CONNECTIONS: Final = 2000  # of our server, for the crowd
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFolders:
+    """Certificates, in folders as QEMU and libnbd take them."""
+
+    server: Path
+    client: Path
 
 
 class Side(Protocol):
@@ -38,6 +51,7 @@ class Side(Protocol):
 
     label: str
     active: Path
+    tls: TlsFolders | None
 
     def start(self) -> None:
         """Serve the live export; BenchError when the server does not come up."""
@@ -74,8 +88,10 @@ class _Base:
             raise BenchError(f"{folder}: too long a path for a Unix socket; choose another --dir")
         self.label = label
         self.active = active
+        self.tls: TlsFolders | None = None
         self._folder = folder
         self._socket = folder / "nbd.sock"
+        self._port = 0
         self._server: Server | None = None
 
     def peak_memory(self) -> int:
@@ -87,13 +103,22 @@ class _Base:
             self._server = None
 
     def _launch(
-        self, argv: list[str], sockets: list[Path], env: dict[str, str] | None = None
+        self, argv: list[str], sockets: list[Path | int], env: dict[str, str] | None = None
     ) -> None:
         assert self._server is None
         log = self._folder / "log"
         self._server = Server.start(argv, log=log, sockets=sockets, env=env)
 
+    def _place(self) -> Path | int:
+        """Choose where to listen this time: the Unix socket, or a free port for TLS."""
+        self._port = free_port() if self.tls is not None else 0
+        return self._port or self._socket
+
     def _uri(self, export: str) -> str:
+        if self.tls is not None:
+            folder = quote(str(self.tls.client))
+            name = quote(export, safe="")
+            return f"nbds://localhost:{self._port}/{name}?tls-certificates={folder}"
         return f"nbd+unix:///{quote(export, safe='')}?socket={quote(str(self._socket))}"
 
 
@@ -122,10 +147,17 @@ class Fleece(_Base):
 
     def start(self) -> None:
         self._state.mkdir()
-        argv = [*self._command, "serve", "--listen", f"unix:{self._socket}"]
+        place = self._place()
+        argv = [*self._command, "serve"]
+        if self.tls is None:
+            argv += ["--listen", f"unix:{place}"]
+        else:
+            argv += ["--listen", f"tcp:127.0.0.1:{place},tls=require"]
+            argv += ["--tls-creds", str(self.tls.server)]
+        argv += ["--max-connections", str(MAX_CONNECTIONS)]
         argv += ["--control", str(self._control), "--state-dir", str(self._state)]
         argv.append(f"{DISK}={str(self.active).replace(',', ',,')}")
-        self._launch(argv, [self._control, self._socket], self._env)
+        self._launch(argv, [self._control, place], self._env)
 
     def take_snapshot(self) -> None:
         self._ask("snapshot", "create", DISK, "--name", SNAPSHOT)
@@ -142,6 +174,10 @@ class Fleece(_Base):
 
     def snapshot_uri(self) -> str:
         return self._uri(f"{DISK}@{SNAPSHOT}")
+
+    def socket_path(self) -> Path:
+        """Return the Unix socket of the exports."""
+        return self._socket
 
     def temp_bytes(self) -> int:
         return _allocated(self._state / DISK / "snapshots" / SNAPSHOT / "temp.raw")
@@ -200,11 +236,18 @@ class Reference(_Base):
         argv = [self._program]
         for node in [active, *nodes]:
             argv += ["--blockdev", node]
-        argv += ["--nbd-server"]
-        argv += [f"addr.type=unix,addr.path={_escape(self._socket)},max-connections=0"]
+        place = self._place()
+        if self.tls is None:
+            server = f"addr.type=unix,addr.path={_escape(self._socket)},max-connections=0"
+        else:
+            folder = _escape(self.tls.server)
+            argv += ["--object", f"tls-creds-x509,id=tls0,dir={folder},endpoint=server"]
+            server = f"addr.type=inet,addr.host=127.0.0.1,addr.port={place},tls-creds=tls0"
+            server += ",max-connections=0"
+        argv += ["--nbd-server", server]
         for export in exports:
             argv += ["--export", export]
-        self._launch(argv, [self._socket])
+        self._launch(argv, [place])
 
 
 class Nbdkit(_Base):
@@ -212,8 +255,14 @@ class Nbdkit(_Base):
 
     def start(self) -> None:
         argv = ["nbdkit", "--foreground", "--exit-with-parent", "--readonly"]
-        argv += ["--unix", str(self._socket), "file", f"file={self.active}"]
-        self._launch(argv, [self._socket])
+        place = self._place()
+        if self.tls is None:
+            argv += ["--unix", str(place)]
+        else:
+            argv += ["--ipaddr", "127.0.0.1", "--port", str(place), "--tls", "require"]
+            argv += ["--tls-certificates", str(self.tls.server), "--tls-verify-peer"]
+        argv += ["file", f"file={self.active}"]
+        self._launch(argv, [place])
 
     def take_snapshot(self) -> None:
         """Do nothing: the plain file stands for its own snapshot, as nobody writes to it."""

@@ -428,6 +428,13 @@ async def test_the_status_shows_the_point_in_time() -> None:
     assert await fleecing.access.block_status(0, 192 * KIB) == expected
 
 
+async def test_the_point_in_time_is_one_layer_and_the_filter_is_none() -> None:
+    fleecing, _, _ = await fleecing_over(b"a" * 64 * KIB + bytes(64 * KIB))
+    await write(fleecing.cbw, 0, b"x" * 4 * KIB)
+    for node in (fleecing.access, fleecing.cbw):
+        assert await node.allocation_depth(0, 128 * KIB) == [Extent(0, 128 * KIB, 1)]
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,31 @@ async def test_what_the_child_says_beyond_the_window_is_cut_off(graph: Graph) ->
     assert await node.block_status(0, 500) == [Extent(0, 500, HOLE | ZERO)]
 
 
+async def test_depth_is_moved_and_ends_with_the_window(graph: Graph) -> None:
+    class Layered(NullDriver):
+        async def allocation_depth(self, offset: int, length: int) -> list[Extent]:
+            return [Extent(offset, 150 - offset, 2), Extent(150, 850, 0)]
+
+    below = await graph.add(
+        None,
+        Layered(size=1000, read_zeroes=True, latency_ns=0),
+        read_only=False,
+        discard_enabled=True,
+    )
+    node = await raw_over(graph, below, offset=100, size=500)
+
+    assert await node.allocation_depth(0, 500) == [Extent(0, 50, 2), Extent(50, 450, 0)]
+
+
+async def test_a_plain_file_holds_all_of_itself_also_its_holes(
+    graph: Graph, tmp_path: Path
+) -> None:
+    below = await file_node(graph, tmp_path / "image", 1024 * KiB)
+    assert await below.allocation_depth(0, 1024 * KiB) == [Extent(0, 1024 * KiB, 1)]
+    with pytest.raises(IoError):
+        await below.allocation_depth(1024 * KiB, 1)
+
+
 @pytest.mark.parametrize(
     ("offset", "size", "result"),
     [

@@ -15,6 +15,8 @@ from nbdfleece.block.child import Role
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.drivers.fault import BlkdebugDriver, IoType
 from nbdfleece.block.drivers.locks import Locking
+from nbdfleece.block.drivers.nbd.driver import NbdDriver
+from nbdfleece.block.drivers.nbd.target import ClientTls, InetServer, Target, UnixServer
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.registry import NodeSpec, add_from_options, drivers, parse_node_options
 from tests.support.driver_kit import fails, make_image, open_descriptors, read, remove_all
@@ -44,6 +46,7 @@ def test_every_driver_has_a_name() -> None:
         "copy-before-write",
         "file",
         "host_device",
+        "nbd",
         "null-co",
         "raw",
         "snapshot-access",
@@ -450,3 +453,59 @@ async def test_a_device_is_not_opened_as_a_file_nor_a_file_as_a_device(
             await add_from_options(
                 graph, {"driver": driver, "node-name": "x", "filename": filename}
             )
+
+
+# --- nbd -------------------------------------------------------------------------------------
+
+UNIX = {"type": "unix", "path": "/s"}
+INET = {"type": "inet", "host": "h", "port": "10809"}
+
+
+def nbd_target(**options: object) -> Target:
+    driver = parse_node_options({"driver": "nbd", **options}).build(Graph())
+    assert isinstance(driver, NbdDriver)
+    return driver.target
+
+
+def test_nbd_options_are_taken() -> None:
+    assert nbd_target(server=UNIX) == Target(UnixServer("/s"), "")
+    assert nbd_target(server=INET, export="x") == Target(InetServer("h", 10809), "x")
+    assert nbd_target(server={**INET, "port": 5}).server == InetServer("h", 5)
+    assert nbd_target(server=INET, **{"tls-creds": "/c"}).tls == ClientTls("/c", "h")
+    over_unix = nbd_target(server=UNIX, **{"tls-creds": "/c", "tls-hostname": "n"})
+    assert over_unix.tls == ClientTls("/c", "n")
+    assert nbd_target(server=UNIX, **{"x-dirty-bitmap": "qemu:dirty-bitmap:b"}).dirty_bitmap
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "'server' is missing"),
+        ({"server": 1}, "'server', expected: object"),
+        ({"server": {}}, r"'server\.type' is missing"),
+        ({"server": {"type": "vsock"}}, r"'server\.type' does not accept"),
+        ({"server": {"type": "unix"}}, r"'server\.path' is missing"),
+        ({"server": {**UNIX, "host": "h"}}, r"'server\.host' is unexpected"),
+        ({"server": {"type": "inet", "host": "h"}}, r"'server\.port' is missing"),
+        ({"server": {**INET, "port": "nbd"}}, r"'server\.port' does not accept"),
+        ({"server": {**INET, "port": "65536"}}, "no host and port"),
+        ({"server": {**INET, "port": "9" * 5000}}, "no host and port"),
+        ({"server": {"type": "unix", "path": "s" * 108}}, "path of a unix socket"),
+        ({"server": UNIX, "export": "x" * 4097}, "export name"),
+        ({"server": UNIX, "tls-creds": "/c"}, "needs tls-hostname"),
+        ({"server": UNIX, "tls-hostname": "n"}, "without TLS"),
+        ({"server": UNIX, "reconnect-delay": -1}, "'reconnect-delay'"),
+        ({"server": UNIX, "open-timeout": "1"}, "'open-timeout', expected: integer"),
+        ({"server": UNIX, "file": "x"}, "'file' is unexpected"),
+    ],
+)
+def test_nbd_options_that_are_wrong(options: dict[str, object], text: str) -> None:
+    with pytest.raises(CommandError, match=text):
+        parse_node_options({"driver": "nbd", **options})
+
+
+async def test_nbd_node_that_cannot_be_opened_leaves_nothing(graph: Graph, tmp_path: Path) -> None:
+    server = {"type": "unix", "path": str(tmp_path / "none")}
+    with pytest.raises(CommandError, match="No such file"):
+        await add_from_options(graph, {"driver": "nbd", "node-name": "n", "server": server})
+    assert not list(graph)

@@ -17,7 +17,8 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     "command",
     [[], ["serve"], ["snapshot"], ["status"], ["health"]]
-    + [["snapshot", name] for name in ("create", "list", "show", "delete")],
+    + [["snapshot", name] for name in ("create", "list", "show", "delete")]
+    + [["client"], ["client", "list"], ["client", "kick"]],
     ids=" ".join,
 )
 def test_help_has_an_example(command: list[str]) -> None:
@@ -45,7 +46,7 @@ def test_wrong_usage(command: list[str]) -> None:
     assert done.err.startswith("nbdfleece: ")
 
 
-@pytest.mark.parametrize("command", ["status", "health", "snapshot list"])
+@pytest.mark.parametrize("command", ["status", "health", "snapshot list", "client list"])
 def test_without_a_daemon(short_tmp: Path, command: str) -> None:
     done = nbdfleece(*command.split(), "--control", short_tmp / "control.sock")
     assert (done.code, done.out) == (3, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -12,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdfleece.base.errors import OptionRefused
+from nbdfleece.protocol.nbd import constants as c
+from nbdfleece.server import tls
 from tests.support.daemon_process import Daemon, make_disk, nbdfleece
+from tests.support.live import client, eventually
+from tests.support.pki import Pki
 
 SIZE = 1 << 20
 
@@ -158,13 +164,18 @@ def test_a_state_file_of_another_version_is_named(short_tmp: Path, disk: Path) -
         (["vda=DISK,format=qcow2"], 1, "not built yet"),
         (["vda=DISK,colour=red"], 2, "unknown key 'colour'"),
         (["vda=DISK,read-only=maybe"], 2, "none of on, off"),
-        (["vda=nbd://localhost/x"], 1, "not built yet"),
+        (["vda=nbd://127.0.0.1:1/x"], 1, "127.0.0.1:1"),
         (["vda=DISK", "vda=DISK"], 2, "two disks are called 'vda'"),
         (["vda=FOLDER"], 1, "is a folder"),
         (["vda=QCOW2"], 1, "looks like a qcow2 image"),
         (["--listen", "udp:1", "vda=DISK"], 2, "udp"),
         (["--listen", "tcp:0.0.0.0:0", "vda=DISK"], 2, "--allow-insecure"),
-        (["--tls-creds", "x", "vda=DISK"], 2, "--tls-creds is not built yet"),
+        (["--tls-creds", "/no", "vda=DISK"], 2, "'/no' is not a folder"),
+        (["--tls-creds", "FOLDER", "vda=DISK"], 2, "server-cert.pem"),
+        (["--tls-verify-peer", "maybe", "vda=DISK"], 2, "--tls-verify-peer"),
+        (["--policy", "/no", "vda=DISK"], 2, "/no"),
+        (["--listen", "tcp:127.0.0.1:0,tls=require", "vda=DISK"], 2, "without --tls-creds"),
+        (["--listen", "tcp:127.0.0.1:0,tls=maybe", "vda=DISK"], 2, "off, allow or require"),
         (["--metrics", "x:1", "vda=DISK"], 2, "--metrics is not built yet"),
         (["--max-connections", "x", "vda=DISK"], 2, "--max-connections"),
         (["--config", "nowhere.toml"], 2, "No such file"),
@@ -199,6 +210,140 @@ def test_tcp_on_loopback_needs_no_word(short_tmp: Path, disk: Path) -> None:
         assert [text.partition(":")[0] for text in listening] == ["unix", "tcp"]
 
 
+# --- TLS and policy (real clients: tests/interop/test_tls.py) ---------------------------------
+
+
+def listening(daemon: Daemon) -> list[str]:
+    found = daemon.run("status", "--json").json["daemon"]["listen"]
+    return [re.sub(r"unix:[^,]*|:\d+(,|$)", r"\1", text) for text in found]
+
+
+def test_tls_where_nobody_says(short_tmp: Path, disk: Path, pki: Pki) -> None:
+    """Unix sockets may have it, TCP must."""
+    args = ["--listen", "tcp:127.0.0.1:0", "--listen", "tcp:0.0.0.0:0", "--tls-creds", pki.server]
+    with Daemon(short_tmp, *args, f"vda={disk}") as daemon:
+        daemon.ready()
+        assert listening(daemon) == [
+            *(",tls=allow", "tcp:127.0.0.1,tls=require", "tcp:0.0.0.0,tls=require")
+        ]
+        uris = daemon.run("status", "--json").json["daemon"]["exports"][0]["uris"]
+        assert [uri.partition(":")[0] for uri in uris] == ["nbd+unix", "nbds", "nbds"]
+
+
+def test_tls_where_somebody_says(short_tmp: Path, disk: Path, pki: Pki) -> None:
+    args = ["--listen", "tcp:127.0.0.1:0,tls=off", "--listen", "tcp:127.0.0.1:0,tls=allow"]
+    args += ["--listen", f"unix:{short_tmp}/s,tls=require", "--tls-creds", str(pki.server)]
+    with Daemon(short_tmp, *args, f"vda={disk}") as daemon:
+        daemon.ready()
+        assert listening(daemon) == [
+            *(",tls=allow", "tcp:127.0.0.1", "tcp:127.0.0.1,tls=allow", ",tls=require")
+        ]
+
+
+@pytest.mark.parametrize("mode", ["off", "allow"])
+def test_the_network_without_tls_needs_a_word(
+    short_tmp: Path, disk: Path, pki: Pki, mode: str
+) -> None:
+    args = ["--listen", f"tcp:0.0.0.0:0,tls={mode}", "--tls-creds", pki.server, f"vda={disk}"]
+    code, said = refused(short_tmp, *args)
+    assert code == 2
+    assert "--allow-insecure" in said
+    with Daemon(short_tmp, "--allow-insecure", *args) as daemon:
+        daemon.ready()
+
+
+def test_what_the_policy_gives_without_tls_needs_none(
+    short_tmp: Path, disk: Path, pki: Pki
+) -> None:
+    policy = short_tmp / "policy.toml"
+    policy.write_text('[[rule]]\nwho = { cert = "CN=x" }\nexports = ["*"]\nallow = ["all"]\n')
+    args = ["--listen", "tcp:0.0.0.0:0,tls=allow", "--tls-creds", pki.server, f"vda={disk}"]
+    with Daemon(short_tmp, "--policy", policy, *args) as daemon:
+        daemon.ready()
+
+
+def test_keys_where_python_has_none(short_tmp: Path, disk: Path) -> None:
+    if tls.HAS_PSK:
+        pytest.skip("this Python has pre-shared keys")
+    (short_tmp / "psk").mkdir()
+    (short_tmp / "psk" / "keys.psk").write_text("alice:00ff\n")
+    code, said = refused(short_tmp, "--tls-creds", short_tmp / "psk", f"vda={disk}")
+    assert code == 2
+    assert "Python 3.13" in said
+
+
+async def test_policy_by_user_and_its_reload(short_tmp: Path, disk: Path) -> None:
+    policy = short_tmp / "policy.toml"
+    rule = f'[[rule]]\nwho = {{ uid = {os.getuid()} }}\nexports = ["vda"]\nallow = ["read"]\n'
+    write(policy, rule)
+    with Daemon(short_tmp, "--policy", policy, f"vda={disk}") as daemon:
+        daemon.ready()
+        async with client(daemon, "vda") as one:
+            assert await one.error_of(c.NBD_CMD_WRITE, 0, 4, data=b"evil") == c.NBD_EPERM
+            write(policy, rule.replace("[[rule]]", "[[rule"))
+            daemon.process.send_signal(signal.SIGHUP)
+            await eventually(lambda: "the old policy stay" in daemon.errors())
+            assert f"{policy}:1" in daemon.errors()
+            async with client(daemon, "vda") as other:
+                assert await other.read(0, 4) == b"\1" * 4
+
+            write(policy, rule.replace("vda", "vdb"))
+            daemon.process.send_signal(signal.SIGHUP)
+            await eventually(lambda: "policy read again" in daemon.errors())
+            with pytest.raises(OptionRefused):
+                async with client(daemon, "vda"):
+                    pass
+            assert await one.read(0, 4) == b"\1" * 4
+            await eventually(lambda: 'refused="vda"' in daemon.errors())
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+async def test_limits_of_the_command_line(short_tmp: Path, disk: Path) -> None:
+    args = ["--max-connections-per-export", "1", "--max-requests", "2", "--idle-timeout", "0.5"]
+    args += ["--max-request-bytes", "1M", "--write-stall-timeout", "5", "--extended-headers", "off"]
+    with Daemon(short_tmp, *args, f"vda={disk}") as daemon:
+        daemon.ready()
+        async with client(daemon, "vda") as one:
+            with pytest.raises(OptionRefused, match="1 connections"):
+                async with client(daemon, "vda"):
+                    pass
+            assert await one.wait_closed() is None
+        await eventually(lambda: re.search(r'export="vda".*how=".*0.5 s', daemon.errors()))
+
+
+def test_listening_socket_that_was_handed_over(short_tmp: Path, disk: Path, pki: Pki) -> None:
+    """A unix socket that somebody else made is one all the same: TLS is allowed, not required."""
+    with socket.socket(socket.AF_UNIX) as given:
+        given.bind(str(short_tmp / "given"))
+        given.listen()
+        fd = given.fileno()
+        args = ["--listen", f"fd:{fd}", "--tls-creds", pki.server, f"vda={disk}"]
+        with Daemon(short_tmp, *args, pass_fds=[fd]) as daemon:
+            daemon.ready()
+            assert f"fd:{fd},tls=allow" in daemon.run("status", "--json").json["daemon"]["listen"]
+            with socket.socket(socket.AF_UNIX) as one:
+                one.connect(str(short_tmp / "given"))
+                assert one.recv(8) == b"NBDMAGIC"
+
+
+def test_vsock(short_tmp: Path, disk: Path) -> None:
+    try:
+        socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
+    except OSError:
+        pytest.skip("this kernel has no vsock")
+    with Daemon(short_tmp, "--listen", "vsock:any:10999", f"vda={disk}") as daemon:
+        daemon.ready()
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as one:
+            try:
+                one.connect((1, 10999))  # VMADDR_CID_LOCAL
+            except OSError:
+                pytest.skip("this kernel has no vsock to itself")
+            assert one.recv(8) == b"NBDMAGIC"
+
+
 # --- configuration file ----------------------------------------------------------------------
 
 
@@ -215,7 +360,11 @@ def test_config_file_and_the_command_line_over_it(short_tmp: Path, disk: Path) -
         ('control = "x"\nlisten = 5\n', 2, "listen: expected an address"),
         ('\n\ncolour = "red"\n', 3, "unknown key 'colour'"),
         ("disks = [\n", 1, ""),
-        ('disks = ["DISK"]\ntls-creds = "x"\n', 2, "'tls-creds' is not built yet"),
+        ('disks = ["DISK"]\ntls-creds = "/no"\n', 2, "'/no' is not a folder"),
+        ('disks = ["DISK"]\n\npolicy = "/no"\n', 3, "/no"),
+        ('disks = ["DISK"]\ntls-verify-peer = 3\n', 2, "expected on or off"),
+        ('disks = ["DISK"]\nmax-request-bytes = "many"\n', 2, "not a size"),
+        ('disks = ["DISK"]\nmetrics = "x:1"\n', 2, "'metrics' is not built yet"),
         ('drain-timeout = "soon"\n', 1, "not a duration"),
         ('listen = ["unix:x"]\ndisks = ["vda=DISK,x=1"]\n', 2, "unknown key 'x'"),
         ('disks = ["DISK"]\n\nlisten = ["unix:x",\n "udp:1"]\n', 4, "udp"),
@@ -245,18 +394,22 @@ def test_check_config_opens_nothing(short_tmp: Path, disk: Path) -> None:
 # --- service managers ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["path", "abstract"])
 def test_the_service_manager_hears_of_ready_and_stopping(
-    short_tmp: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+    short_tmp: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     from tests.support import daemon_process
 
     plain = daemon_process.environment
-    path = short_tmp / "notify"
+    path = str(short_tmp / "notify")
+    address = path
+    if kind == "abstract":
+        path, address = f"@{path}", f"\0{path}"
     monkeypatch.setattr(
-        daemon_process, "environment", lambda **extra: plain(NOTIFY_SOCKET=str(path), **extra)
+        daemon_process, "environment", lambda **extra: plain(NOTIFY_SOCKET=path, **extra)
     )
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(str(path))
+        sock.bind(address)
         sock.settimeout(20)
         with Daemon(short_tmp, f"vda={disk}") as daemon:
             assert sock.recv(1000).startswith(b"READY=1")

@@ -10,11 +10,13 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from nbdfleece.base.errors import OptionRefused
 from tests.support.daemon_process import Daemon, make_disk
-from tests.support.nbd_client import NbdClient
+from tests.support.nbd_client import NbdClient, connected
 
 SIZE = 1 << 20
 
@@ -246,7 +248,11 @@ async def monitor_events(monitor) -> bool:
 
 
 async def next_event(monitor) -> dict:
-    return json.loads(await asyncio.wait_for(monitor[0].readline(), 20))
+    """The next event that is not about clients."""
+    while True:
+        event = json.loads(await asyncio.wait_for(monitor[0].readline(), 20))
+        if not event["event"].startswith("FLEECE_CLIENT_"):
+            return event
 
 
 # --- mistakes --------------------------------------------------------------------------------
@@ -320,3 +326,81 @@ def test_show(daemon: Daemon) -> None:
     facts = daemon.run("snapshot", "show", "vda@one", "--json").json
     assert facts["uris"] == [daemon.uri("vda@one")]
     assert (facts["temp-limit"], facts["timeout"]) == (1 << 30, 5.0)
+
+
+# --- tokens ----------------------------------------------------------------------------------
+
+
+def token_of(line: str) -> tuple[str, str]:
+    """The export name with a token, and the token, in a line `DISK@NAME URI`."""
+    parts = urlsplit(line.split()[1])
+    name = unquote(parts.path).removeprefix("/")
+    return name, name.partition(":")[2]
+
+
+async def test_a_token_opens_the_snapshot_and_shows_up_nowhere(daemon: Daemon) -> None:
+    made = daemon.run("snapshot", "create", "vda", "vdb", "--name", "one", "--token", "1h")
+    assert made.code == 0, made.err
+    lines = made.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["vda@one", "vdb@one"]
+    name, token = token_of(lines[0])
+    assert name.startswith("vda@one:")
+    assert len(token) == 32
+    assert token != token_of(lines[1])[1]
+
+    assert await read_all(daemon, name) == b"\1" * SIZE
+    two = [await connect(daemon, name) for _ in range(2)]
+    assert [await client.read(0, 4) for client in two] == [b"\1" * 4] * 2
+    for guess in (name[:-1] + "*", f"vdb@one:{token}", "vda@one:"):
+        with pytest.raises(OptionRefused, match="there is no export"):
+            async with connected(str(daemon.socket), guess):
+                pass
+
+    for command in (
+        ("snapshot", "list", "--json"),
+        ("snapshot", "show", "vda@one", "--json"),
+        ("status", "--json"),
+        ("client", "list", "--json"),
+    ):
+        assert token not in daemon.run(*command).out, command
+    for client in two:
+        await client.close()
+    assert token[:-1] not in daemon.errors()
+    assert not [path for path in daemon.state.rglob("*") if path.is_file() and holds(path, token)]
+
+
+def holds(path: Path, text: str) -> bool:
+    with open(path, "rb") as file:
+        return text.encode() in file.read(1 << 20)
+
+
+async def test_a_token_dies_with_its_snapshot(daemon: Daemon) -> None:
+    made = daemon.run("snapshot", "create", "vda", "--name", "one", "--token", "1h", "--json")
+    row = made.json[0]
+    name = row["token-export"]
+    assert row["uri"] == row["token-uris"][0]
+    assert token_of(f"x {row['uri']}")[0] == name
+    assert daemon.run("snapshot", "delete", "vda@one").code == 0
+    assert daemon.run("snapshot", "create", "vda", "--name", "one").code == 0
+    with pytest.raises(OptionRefused, match="there is no export"):
+        async with connected(str(daemon.socket), name):
+            pass
+    assert await read_all(daemon, "vda@one") == b"\1" * SIZE
+
+
+@pytest.mark.interop("nbdinfo", "qemu-img")
+def test_real_clients_take_the_uri_with_a_token(daemon: Daemon) -> None:
+    made = daemon.run("snapshot", "create", "vda", "--name", "one", "--token", "1h")
+    uri = made.out.split()[1]
+    for command in (["nbdinfo", "--size"], ["qemu-img", "info", "--output=json"]):
+        done = subprocess.run([*command, uri], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert str(SIZE) in done.stdout
+
+
+@pytest.mark.parametrize("lifetime", ["0", "367d"])
+def test_a_token_without_a_sensible_lifetime_is_refused(daemon: Daemon, lifetime: str) -> None:
+    made = daemon.run("snapshot", "create", "vda", "--name", "one", "--token", lifetime)
+    assert made.code == 1
+    assert "a token can last up to 366 days" in made.err
+    assert daemon.run("snapshot", "list", "--json").json == []

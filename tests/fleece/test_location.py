@@ -57,11 +57,44 @@ def test_mistakes(text: str) -> None:
         parse_location(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["nbd://h/x", "vda=nbds://h", "vda=nbd+unix:///x?socket=/s", "vda=/x,format=qcow2"]
-)
-def test_what_is_not_built(text: str) -> None:
+def test_what_is_not_built() -> None:
     with pytest.raises(NotBuilt):
+        parse_location("vda=/x,format=qcow2")
+
+
+@pytest.mark.parametrize(
+    ("text", "disk", "export"),
+    [
+        ("nbd+unix:///vda?socket=/s", "vda", "vda"),
+        ("vdb=nbd+unix:///x?socket=/s", "vdb", "x"),
+        ("vdb=nbd+unix:///?socket=/a,,b,read-only=on", "vdb", ""),
+    ],
+)
+def test_export_of_another_server(text: str, disk: str, export: str) -> None:
+    location = parse_location(text)
+    assert location.disk == disk
+    assert location.remote is not None
+    assert location.remote.export == export
+    assert location.path.startswith("nbd+unix:///")
+    assert not is_block_device(location)
+
+
+def test_keys_of_another_server() -> None:
+    location = parse_location("vda=nbd://h/x,reconnect-delay=5m,open-timeout=3,format=raw")
+    assert (location.reconnect_delay_s, location.open_timeout_s) == (300.0, 3.0)
+    assert location.format_given
+    assert (parse_location("vda=nbd://h/x").reconnect_delay_s) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("nbd://h", "nbd://h/a@b", "vda=nbd://h/x?y=z", "vda=nbd://h/x,cache=none"),
+        *("vda=nbd://h/x,locking=off", "vda=/x,reconnect-delay=3", "vda=nbd://h/x,open-timeout=x"),
+    ],
+)
+def test_mistakes_with_another_server(text: str) -> None:
+    with pytest.raises(ConfigError):
         parse_location(text)
 
 

@@ -59,7 +59,7 @@ def test_what_a_live_export_and_a_snapshot_can(
     (found,) = described(program, daemon.uri(export))["exports"]
     assert found["export-name"] == export
     assert found["export-size"] == SIZE
-    assert found["contexts"] == ["base:allocation"]
+    assert found["contexts"] == ["base:allocation", "qemu:allocation-depth"]
     facts = {name: value for name, value in found.items() if name.startswith(("can_", "is_"))}
     assert facts == {
         "is_rotational": False,
@@ -81,7 +81,7 @@ def test_what_a_live_export_and_a_snapshot_can(
 def test_the_snapshot_says_its_instant(daemon: Daemon, program: Program) -> None:
     rows = daemon.run("snapshot", "list", "--json").json
     (found,) = described(program, daemon.uri("vda@one"))["exports"]
-    assert found["description"] == rows[0]["instant"]
+    assert found["description"] == f"disk vda as of {rows[0]['instant']}, crash-consistent"
 
 
 def test_list(daemon: Daemon, program: Program) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,18 +54,30 @@ class Daemon:
     Leaving the `with` block kills it, if it has not ended before.
     """
 
-    def __init__(self, folder: Path, *args: str | Path, state: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *args: str | Path,
+        state: Path | None = None,
+        python: str = sys.executable,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
         self.folder = folder
         self.socket = folder / "nbd.sock"
         self.control = folder / "control.sock"
         self.state = state or folder / "state"
         self.log = folder / "log"
-        command = [sys.executable, "-m", "nbdfleece", "serve"]
+        command = [python, "-m", "nbdfleece", "serve"]
         command += ["--listen", f"unix:{self.socket}", "--control", str(self.control)]
         command += ["--state-dir", str(self.state), *map(str, args)]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment()
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment(),
+                pass_fds=pass_fds,
             )
 
     def __enter__(self) -> Daemon:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Self, TypeVar
 
 from nbdfleece.base.errors import PeerViolation
+from nbdfleece.datapath.stream import receive, send_all
+from nbdfleece.datapath.tls import TlsStream
 from nbdfleece.protocol.nbd import client, wire
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.protocol.nbd.client import Connected, RemoteExport
@@ -45,6 +48,8 @@ class NbdClient:
         export: After `connect`: what the server told.
         contexts: After `connect`: metadata context name -> id.
         lost: After transmission ended: why.
+        extended: In transmission: headers are extended.
+        tls: After `start_tls`: the stream.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -52,6 +57,8 @@ class NbdClient:
         self.export: RemoteExport | None = None
         self.contexts: dict[str, int] = {}
         self.lost: BaseException | None = None
+        self.extended = False
+        self.tls: TlsStream | None = None
         self._loop = asyncio.get_running_loop()
         self._received = b""
         self._parser: ReplyParser | None = None
@@ -78,7 +85,26 @@ class NbdClient:
     # --- raw bytes ---------------------------------------------------------------------------
 
     async def send(self, data: bytes) -> None:
-        await self._loop.sock_sendall(self.sock, data)
+        if self.tls is None:
+            await self._loop.sock_sendall(self.sock, data)
+        else:
+            await send_all(self.tls, data)
+
+    async def _recv(self, most: int) -> bytes:
+        if self.tls is None:
+            return await self._loop.sock_recv(self.sock, most)
+        return await receive(self.tls, most)
+
+    async def start_tls(self, context: ssl.SSLContext) -> None:
+        """Begin TLS, which the server has agreed to.
+
+        Raises:
+            PeerViolation, OSError: It could not be.
+        """
+        assert not self._received, "plain text behind the acknowledgement"
+        stream = TlsStream(self.sock, context, server_side=False, server_hostname="localhost")
+        await stream.handshake()
+        self.tls = stream
 
     async def receive(self, count: int) -> bytes:
         """Return exactly `count` bytes.
@@ -87,7 +113,7 @@ class NbdClient:
             EOFError: The server closed before.
         """
         while len(self._received) < count:
-            part = await self._loop.sock_recv(self.sock, 1 << 16)
+            part = await self._recv(1 << 16)
             if not part:
                 raise EOFError(self._received)
             self._received += part
@@ -99,7 +125,7 @@ class NbdClient:
         received, self._received = self._received, b""
         while True:
             try:
-                part = await self._loop.sock_recv(self.sock, 1 << 16)
+                part = await self._recv(1 << 16)
             except ConnectionError:
                 return received
             if not part:
@@ -144,7 +170,7 @@ class NbdClient:
             if conversation.is_over:
                 self._received = conversation.leftover
                 return conversation.result  # type: ignore[return-value]
-            received = await self._loop.sock_recv(self.sock, 1 << 16)
+            received = await self._recv(1 << 16)
             if not received:
                 raise EOFError
 
@@ -157,10 +183,13 @@ class NbdClient:
         self.begin_transmission(connected.export, structured=connected.structured)
         return connected
 
-    def begin_transmission(self, export: RemoteExport, *, structured: bool) -> None:
+    def begin_transmission(
+        self, export: RemoteExport, *, structured: bool, extended: bool = False
+    ) -> None:
         """Read replies from now on."""
         self.export = export
-        self._parser = ReplyParser(structured=structured)
+        self.extended = extended
+        self._parser = ReplyParser(structured=structured, extended=extended)
         self._reader = self._loop.create_task(self._read_replies())
 
     # --- transmission --------------------------------------------------------------------------
@@ -173,10 +202,17 @@ class NbdClient:
         if self.lost is not None:
             raise self.lost
         cookie = next(self._cookies)
-        self._parser.expect(cookie, command, offset=offset, length=length)
+        is_filter = self.extended and command == c.NBD_CMD_BLOCK_STATUS and len(data) >= 8
+        concerned = wire.STATUS_FILTER.unpack_from(data)[0] if is_filter else length
+        self._parser.expect(cookie, command, offset=offset, length=concerned)
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._waiting[cookie] = future
-        header = wire.request(command, flags=flags, cookie=cookie, offset=offset, length=length)
+        if self.extended:
+            make = wire.extended_request
+            flags |= c.NBD_CMD_FLAG_PAYLOAD_LEN if command == c.NBD_CMD_WRITE else 0
+        else:
+            make = wire.request
+        header = make(command, flags=flags, cookie=cookie, offset=offset, length=length)
         async with self._sending:
             await self.send(header + data)
         return future
@@ -219,7 +255,8 @@ class NbdClient:
 
     async def disconnect(self) -> None:
         """Send NBD_CMD_DISC, read what still comes, and close."""
-        header = wire.request(c.NBD_CMD_DISC, flags=0, cookie=0, offset=0, length=0)
+        make = wire.extended_request if self.extended else wire.request
+        header = make(c.NBD_CMD_DISC, flags=0, cookie=0, offset=0, length=0)
         await self.send(header)
         await self.wait_closed()
         self.sock.close()
@@ -248,7 +285,7 @@ class NbdClient:
                     future = self._waiting.pop(reply.cookie)
                     if not future.done():
                         future.set_result(reply)
-                received = await self._loop.sock_recv(self.sock, 1 << 18)
+                received = await self._recv(1 << 18)
                 if not received:
                     self.lost = EOFError("the server closed the connection")
                     break

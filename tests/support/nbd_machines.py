@@ -13,9 +13,12 @@ from nbdfleece.protocol.nbd.constants import (
     NBD_FLAG_C_NO_ZEROES,
     NBD_FLAG_HAS_FLAGS,
     NBD_FLAG_SEND_FLUSH,
+    NBD_OPT_STARTTLS,
     NBD_OPTION_REPLY_MAGIC,
+    NBD_REP_ACK,
+    NBD_REP_ERR_TLS_REQD,
 )
-from nbdfleece.protocol.nbd.haggle import ExportInfo
+from nbdfleece.protocol.nbd.haggle import ExportInfo, TlsMode
 from nbdfleece.protocol.nbd.handshake import Closed, Handshake, Transmission
 from nbdfleece.protocol.nbd.talk import Conversation, Talk
 
@@ -50,14 +53,29 @@ class FakeDirectory:
         return self.exports
 
 
+class NeedsTls(FakeDirectory):
+    """What a client sees before TLS where TLS is allowed: what it does not see may need TLS."""
+
+    def find(self, name: str) -> ExportInfo:
+        export = super().find(name)
+        if export is None:
+            raise OptionRefused(NBD_REP_ERR_TLS_REQD, "TLS is needed for that")
+        return export
+
+
 class Script:
     """A client that sends what it is told, and takes the answers apart."""
 
     def __init__(
-        self, directory: FakeDirectory | None = None, *, client_flags: int | None = FIXED_NO_ZEROES
+        self,
+        directory: FakeDirectory | None = None,
+        *,
+        client_flags: int | None = FIXED_NO_ZEROES,
+        tls: TlsMode = TlsMode.OFF,
+        extended: bool = True,
     ) -> None:
         self.directory = directory or FakeDirectory()
-        self.server = Handshake(self.directory)
+        self.server = Handshake(self.directory, tls=tls, extended=extended)
         self.greeting = b"".join(self.server.feed(b""))
         if client_flags is not None:
             assert self.raw(wire.CLIENT_FLAGS.pack(client_flags)) == b""
@@ -73,6 +91,13 @@ class Script:
     def outcome_type(self, number: int, data: bytes = b"") -> int:
         """Send an option; return the type of its last reply, ACK or an error."""
         return self.option(number, data)[-1][0]
+
+    def start_tls(self, directory: FakeDirectory | None = None) -> None:
+        """Go on over TLS, where the client may see `directory`."""
+        assert self.option(NBD_OPT_STARTTLS) == [(NBD_REP_ACK, b"")]
+        assert self.server.wants_tls
+        self.directory = directory or FakeDirectory()
+        self.server.tls_begun(self.directory)
 
     @property
     def closed(self) -> Closed:
@@ -112,8 +137,13 @@ def pieces(data: bytes, size: int) -> Iterator[bytes]:
         yield data[start : start + step]
 
 
-def join(client: Talk[T], server: Handshake, *, piece: int) -> T:
-    """Run a client's talk against the server, both hearing pieces of `piece` bytes (0: all)."""
+def join(
+    client: Talk[T], server: Handshake, *, piece: int, over_tls: FakeDirectory | None = None
+) -> T:
+    """Run a client's talk against the server, both hearing pieces of `piece` bytes (0: all).
+
+    TLS is taken as done at once; then the client may see `over_tls`.
+    """
     conversation = Conversation(client)
     to_server = b"".join(conversation.feed(b""))
     to_client = b"".join(server.feed(b""))
@@ -122,6 +152,8 @@ def join(client: Talk[T], server: Handshake, *, piece: int) -> T:
         heard, to_client = to_client, b""
         for part in pieces(sent, piece):
             to_client += b"".join(server.feed(part))
+        if server.wants_tls:
+            server.tls_begun(over_tls or FakeDirectory())
         for part in pieces(heard, piece):
             to_server += b"".join(conversation.feed(part))
     assert conversation.is_over, "the client waits for ever"

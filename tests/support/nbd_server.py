@@ -11,10 +11,15 @@ from nbdfleece.base.units import MiB
 from nbdfleece.block.driver import Driver
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
+from nbdfleece.protocol.nbd.haggle import TlsMode
 from nbdfleece.server.addresses import UnixAddress
 from nbdfleece.server.export import Export, ExportOptions
 from nbdfleece.server.exports import Exports, RemoveMode
-from nbdfleece.server.server import Server, ServerOptions
+from nbdfleece.server.options import ServerOptions
+from nbdfleece.server.policy import Policy
+from nbdfleece.server.server import Server
+from nbdfleece.server.tls import TlsCredentials
+from nbdfleece.server.tokens import Tokens
 from tests.support.memory import MemoryDriver
 from tests.support.nbd_client import NbdClient
 
@@ -57,14 +62,24 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *, options: ServerOptions | None = None, size: int = MiB
+    folder: Path,
+    *,
+    options: ServerOptions | None = None,
+    size: int = MiB,
+    credentials: TlsCredentials | None = None,
+    tls: TlsMode = TlsMode.OFF,
+    policy: Policy | None = None,
+    tokens: Tokens | None = None,
 ) -> AsyncIterator[Served]:
     """A server with a writable disk `disk` and a read-only one, `frozen`, of the same content."""
     graph = Graph()
     exports = Exports(graph)
     path = str(folder / "nbd.sock")
-    async with Server(exports, options or ServerOptions()) as server:
-        await server.listen(UnixAddress(path))
+    options = options or ServerOptions()
+    async with Server(
+        exports, options, policy=policy, credentials=credentials, tokens=tokens
+    ) as server:
+        await server.listen(UnixAddress(path), tls)
         served = Served(path, server, graph, exports)
         await served.add("disk", pattern(size), description="a disk")
         await served.add("frozen", pattern(size), writable=False)

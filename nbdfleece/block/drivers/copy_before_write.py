@@ -183,6 +183,10 @@ class CopyBeforeWrite(Driver):
         """Forward to `file`."""
         return await self._source().block_status(offset, length)
 
+    async def allocation_depth(self, offset: int, length: int) -> list[Extent]:
+        """Forward to `file`."""
+        return await self._source().allocation_depth(offset, length)
+
     async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
         """Save what the write will overwrite, then write; see Driver.write.
 

@@ -300,6 +300,13 @@ class BlkdebugDriver(Driver):
         await self._after(IoType.BLOCK_STATUS, offset, length)
         return extents
 
+    async def allocation_depth(self, offset: int, length: int) -> list[Extent]:
+        """Forward, as a block status; see Driver.allocation_depth."""
+        await self._before(IoType.BLOCK_STATUS, offset, length)
+        extents = await self._below().allocation_depth(offset, length)
+        await self._after(IoType.BLOCK_STATUS, offset, length)
+        return extents
+
     # --- facts -----------------------------------------------------------------------------
 
     def cluster_size(self) -> int:

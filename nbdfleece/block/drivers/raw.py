@@ -91,6 +91,12 @@ class RawDriver(Driver):
         found = clip(await self._below().block_status(start, length), start, length)
         return [Extent(at - self._offset, size, flags) for at, size, flags in found]
 
+    async def allocation_depth(self, offset: int, length: int) -> list[Extent]:
+        """Forward, and move the answer back; see Driver.allocation_depth."""
+        start = self._offset + offset
+        found = clip(await self._below().allocation_depth(start, length), start, length)
+        return [Extent(at - self._offset, size, depth) for at, size, depth in found]
+
     async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
         """Forward; see Driver.write."""
         await self._below().write(self._offset + offset, data, fua=fua)

@@ -12,11 +12,11 @@ import errno
 from typing import TYPE_CHECKING, ClassVar
 
 from nbdfleece.base.errors import CommandError, IoError
+from nbdfleece.base.extent import Extent, merge
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.driver import Driver
 
 if TYPE_CHECKING:
-    from nbdfleece.base.extent import Extent
     from nbdfleece.block.child import Child
     from nbdfleece.block.node import Node
 
@@ -50,6 +50,11 @@ class SnapshotAccess(Driver):
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """Forward; see Driver.snapshot_block_status."""
         return await self._below().snapshot_block_status(offset, length)
+
+    async def allocation_depth(self, offset: int, length: int) -> list[Extent]:
+        """Answer 1: a point in time is one layer. Fails where a block status does."""
+        found = await self.block_status(offset, length)
+        return merge(Extent(at, size, 1) for at, size, _ in found)
 
     async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
         """Refuse: a point in time does not change."""

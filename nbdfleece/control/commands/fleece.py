@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece import __version__
@@ -15,6 +16,7 @@ from nbdfleece.protocol.qmp.schema import SIZE, Array, Boolean, Enum, Number, St
 
 if TYPE_CHECKING:
     from nbdfleece.control.command import Context
+    from nbdfleece.fleece.fleece import Taken
     from nbdfleece.fleece.snapshot import Snapshot
     from nbdfleece.protocol.qmp.schema import Arguments
     from nbdfleece.protocol.qmp.values import Json
@@ -77,19 +79,27 @@ async def _snapshot_create(context: Context, arguments: Arguments) -> Json:
         temp_limit=arguments.optional_integer("temp-limit"),
     )
     made = await context.fleece.create_snapshots(
-        arguments.strings("disks"), arguments.optional_string("name"), options
+        arguments.strings("disks"),
+        arguments.optional_string("name"),
+        options,
+        token_s=arguments.optional_number("token"),
     )
-    return [_created(snapshot) for snapshot in made]
+    return [_created(context, taken) for taken in made]
 
 
-def _created(snapshot: Snapshot) -> Json:
-    return {
+def _created(context: Context, taken: Taken) -> Json:
+    snapshot = taken.snapshot
+    answer: dict[str, Json] = {
         "disk": snapshot.disk,
         "snapshot": snapshot.name,
         "export": snapshot.export_name,
         "node-name": snapshot.node_name,
         "instant": snapshot.instant,
     }
+    if taken.token_export is not None:
+        answer["token-export"] = taken.token_export
+        answer["token-uris"] = list(uris(context.server, taken.token_export))
+    return answer
 
 
 async def _snapshot_delete(context: Context, arguments: Arguments) -> Json:
@@ -142,6 +152,11 @@ async def _query_clients(context: Context, _arguments: Arguments) -> Json:
 
 def _client(session: Session) -> Json:
     answer: dict[str, Json] = {"id": session.id, "peer": session.peer}
+    if session.identity_name:
+        answer["identity"] = session.identity_name
+    if session.tls:
+        answer["tls"] = session.tls
+    answer["seconds"] = int(session.age_s)
     if session.export is not None:
         answer["export"] = session.export.options.name
     pump = session.pump
@@ -160,7 +175,7 @@ async def _client_kick(context: Context, arguments: Arguments) -> Json:
     session = context.server.sessions.get(number)
     if session is None:
         raise NotFound(f"there is no client {number}")
-    session.abort("kicked")
+    session.abort("kicked by an administrator")
     return {}
 
 
@@ -169,15 +184,31 @@ async def _query_status(context: Context, _arguments: Arguments) -> Json:
     listeners = context.server.listeners
     names = [disk.name for disk in context.fleece.disks()]
     names += [snapshot.export_name for snapshot in context.fleece.snapshots()]
-    return {
+    credentials = context.server.credentials
+    answer: dict[str, Json] = {
         "version": __version__,
         "pid": os.getpid(),
         "started": context.started,
-        "listen": [listener.address.describe() for listener in listeners],
+        "listen": [listener.describe() for listener in listeners],
         "exports": [{"name": name, "uris": uris(context.server, name)} for name in names],
         "clients": len(context.server.sessions),
         "temp": {"path": space.path, "free": space.free, "total": space.total},
+        "warnings": [] if credentials is None else credentials.warnings(),
+        "expired": [] if credentials is None else credentials.warnings(ahead=timedelta()),
     }
+    if credentials is not None:
+        answer["tls"] = {
+            "path": str(credentials.folder),
+            "expires": [
+                {
+                    "file": expiry.file,
+                    "subject": expiry.subject,
+                    "time": expiry.ends.isoformat().replace("+00:00", "Z"),
+                }
+                for expiry in credentials.expiries
+            ],
+        }
+    return answer
 
 
 COMMANDS: Final = (
@@ -208,6 +239,7 @@ COMMANDS: Final = (
                 "timeout": Number(low=0),
                 "durability": Enum(("process", "power")),
                 "expire": Number(low=0),
+                "token": Number(low=0),
             },
         ),
         _snapshot_create,
