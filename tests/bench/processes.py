@@ -125,10 +125,10 @@ class Server:
             raise
         return server
 
-    def reset_peak_memory(self) -> None:
-        """Begin to measure the peak of resident memory anew."""
-        for pid in _process_tree(self._process.pid):
-            Path(f"/proc/{pid}/clear_refs").write_text("5")
+    def cpu_seconds(self) -> float:
+        """Return the processor time that the leader has used."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak_memory(self) -> int:
         """Return the bytes of peak resident memory (VmHWM), summed over the process tree."""

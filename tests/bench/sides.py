@@ -175,6 +175,11 @@ class Fleece(_Base):
     def snapshot_uri(self) -> str:
         return self._uri(f"{DISK}@{SNAPSHOT}")
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time that the server has used."""
+        assert self._server is not None
+        return self._server.cpu_seconds()
+
     def socket_path(self) -> Path:
         """Return the Unix socket of the exports."""
         return self._socket
