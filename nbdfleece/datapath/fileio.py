@@ -163,6 +163,11 @@ class FileIo:
         """Return when all that was written before is on stable storage (fdatasync)."""
         await self.change(lambda: os.fdatasync(self.fd), "flush", 0, 0)
 
+    async def truncate(self, size: int) -> None:
+        """Set the size; what is added reads as zeroes."""
+        self._forget_data()
+        await self.change(lambda: os.ftruncate(self.fd, size), "truncate", size, 0)
+
     async def punch_hole(self, offset: int, length: int) -> None:
         """Give the range's space back; it reads as zeroes.
 

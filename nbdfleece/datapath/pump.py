@@ -358,7 +358,7 @@ class Pump:
                     budget -= length
                 elif (
                     command == NBD_CMD_WRITE
-                    and flags == write_flags
+                    and not flags & ~write_flags
                     and 0 < length <= inbox.tail - head - header
                     and offset + length <= size
                     and not route.flags & NBD_FLAG_READ_ONLY
@@ -619,6 +619,8 @@ class Pump:
 
     def _refuse(self, request: Request, number: int) -> None:
         """Reply with an error to a request that was not begun, or is not to go on."""
+        if self.route.refused is not None:
+            self.route.refused(request[1])
         text = "the export is being removed" if number == NBD_ESHUTDOWN else ""
         self._emit(self._replies.error(request, number, text))
 

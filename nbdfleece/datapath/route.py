@@ -52,12 +52,14 @@ class Route:
         flags: Transmission flags as advertised, DF left out (it is the connection's).
         io: The verbs of the node behind the export.
         read_now: `io.read_now`, or a driver's own when nothing lies between.
+        refused: Told the command of a request that is refused unseen, where somebody counts those.
     """
 
-    __slots__ = ("flags", "io", "read_now", "size")
+    __slots__ = ("flags", "io", "read_now", "refused", "size")
 
     def __init__(self, io: IoVerbs, *, size: int, flags: int) -> None:
         self.io = io
         self.size = size
         self.flags = flags
         self.read_now = io.read_now
+        self.refused: Callable[[int], None] | None = None

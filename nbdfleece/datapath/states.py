@@ -105,6 +105,19 @@ class StateMap:
             index = stop
         return -1
 
+    def count(self, state: int) -> int:
+        """Return how many have `state`; takes a moment per 10^8 of them."""
+        absent = self._count
+        found = 0
+        for number, page in self._pages.items():
+            size = min(PAGE, self._count - (number << _SHIFT))
+            absent -= size
+            if not isinstance(page, int):
+                found += page.count(state, 0, size)
+            elif page == state:
+                found += size
+        return found if state else found + absent
+
     def fill(self, first: int, last: int, state: int) -> None:
         """Set [first, last) to `state`."""
         while first < last:

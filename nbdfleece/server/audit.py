@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from nbdfleece.base.limits import MAX_COMPLAINTS
 from nbdfleece.protocol.nbd.strings import SHOWN_CHARACTERS
 from nbdfleece.server.tokens import hide
 
@@ -116,6 +117,8 @@ class Complaints:
     def say(self, about: str, text: str) -> None:
         """Log a complaint, unless it is said already."""
         if about not in self._said:
+            if len(self._said) >= MAX_COMPLAINTS:
+                self._said.clear()  # a client may have addresses without end
             self._said.add(about)
             _log.warning("%s: %s", about, text)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import OptionRefused
 from nbdfleece.protocol.nbd.constants import (
+    NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_READ_ONLY,
     NBD_FLAG_SEND_FAST_ZERO,
     NBD_FLAG_SEND_TRIM,
@@ -45,12 +46,14 @@ class Gate:
         policy: Who may do what; None: whoever can connect may do everything.
         tokens: Names that open one export without any identity; None: there are none.
         max_per_export: Connections to one export; 0 for no limit.
+        is_for_one: There is never more than one connection, so nobody hears of several.
     """
 
     exports: Exports
     policy: Policy | None = None
     tokens: Tokens | None = None
     max_per_export: int = 0
+    is_for_one: bool = False
 
     def rights(self, identity: Identity, name: str) -> Rights:
         """Return what a client may do with the export of this name, if there is one."""
@@ -74,6 +77,7 @@ class ClientDirectory:
         self._identity = identity
         self._may_start_tls = may_start_tls
         self.refused = ""
+        self._found: Export | None = None  # the last one
 
     def find(self, name: str) -> ExportInfo | None:
         """Return the export of that name as the client may use it, or None.
@@ -92,7 +96,8 @@ class ClientDirectory:
         most = self._gate.max_per_export
         if most and export.holders >= most:
             raise OptionRefused(NBD_REP_ERR_POLICY, f"the export has {most} connections: no more")
-        info = _masked(export.describe(), rights)
+        self._found = export
+        info = self._masked(export.describe(), rights)
         is_default = not name
         # With a token, the name that the client knows is the only one that opens it again.
         return info if is_default or name == info.name else dataclasses.replace(info, name=name)
@@ -101,14 +106,17 @@ class ClientDirectory:
         """Return the exports that the client may see in a list."""
         gate, identity = self._gate, self._identity
         return [
-            _masked(info, rights)
+            self._masked(info, rights)
             for info in gate.exports.list()
             if Rights.LIST in (rights := gate.rights(identity, info.name))
         ]
 
     def chosen(self, info: ExportInfo) -> Export:
-        """Return the export that `find` has just described, without an await in between."""
-        export, _ = self._look_up(info.name)
+        """Return the export that `find` has just described, without an await in between.
+
+        It is not looked up again: a token may have expired, or a thread have reloaded the policy.
+        """
+        export = self._found
         assert export is not None, "no export has been found"
         assert export.generation == info.generation, "another export has taken the name"
         return export
@@ -129,12 +137,13 @@ class ClientDirectory:
             self.refused = canonical
         return None, Rights.NONE
 
-
-def _masked(info: ExportInfo, rights: Rights) -> ExportInfo:
-    """Return an export as somebody with these rights may use it."""
-    flags = info.flags
-    if Rights.WRITE not in rights:
-        flags = (flags | NBD_FLAG_READ_ONLY) & ~_WRITERS_FLAGS
-    if Rights.TRIM not in rights:
-        flags &= ~NBD_FLAG_SEND_TRIM
-    return info if flags == info.flags else dataclasses.replace(info, flags=flags)
+    def _masked(self, info: ExportInfo, rights: Rights) -> ExportInfo:
+        """Return an export as somebody with these rights may use it."""
+        flags = info.flags
+        if Rights.WRITE not in rights:
+            flags = (flags | NBD_FLAG_READ_ONLY) & ~_WRITERS_FLAGS
+        if Rights.TRIM not in rights:
+            flags &= ~NBD_FLAG_SEND_TRIM
+        if self._gate.is_for_one:
+            flags &= ~NBD_FLAG_CAN_MULTI_CONN
+        return info if flags == info.flags else dataclasses.replace(info, flags=flags)

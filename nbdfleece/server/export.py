@@ -19,9 +19,15 @@ from typing import TYPE_CHECKING, Final
 from nbdfleece.base.limits import MAX_PAYLOAD
 from nbdfleece.base.units import KiB, is_power_of_2
 from nbdfleece.block import permissions
+from nbdfleece.block.accounting import CountedVerbs, Kind
 from nbdfleece.datapath.pump import Pump
 from nbdfleece.datapath.route import Route, StatusFunction
 from nbdfleece.protocol.nbd.constants import (
+    NBD_CMD_FLUSH,
+    NBD_CMD_READ,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
     NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_HAS_FLAGS,
     NBD_FLAG_READ_ONLY,
@@ -41,9 +47,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from nbdfleece.base.extent import Extent
+    from nbdfleece.block.accounting import Accounting
     from nbdfleece.block.child import Child
     from nbdfleece.block.node import Node
     from nbdfleece.datapath.pump import PumpLimits
+    from nbdfleece.datapath.route import IoVerbs
     from nbdfleece.datapath.stream import Stream
     from nbdfleece.protocol.nbd.handshake import Transmission
 
@@ -60,6 +68,14 @@ WRITABLE_FLAGS: Final = (
     _FLAGS | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
 )
 
+_KINDS: Final = {
+    NBD_CMD_READ: Kind.READ,
+    NBD_CMD_WRITE: Kind.WRITE,
+    NBD_CMD_WRITE_ZEROES: Kind.WRITE,
+    NBD_CMD_TRIM: Kind.UNMAP,
+    NBD_CMD_FLUSH: Kind.FLUSH,
+}
+
 _PREFERRED_BLOCK: Final = 4 * KiB
 
 
@@ -72,12 +88,16 @@ class ExportOptions:
         name: Export name that clients ask for.
         writable: Clients may write.
         description: For people, in LIST and INFO; may be empty.
+        allocation_depth: Offer the metadata context `qemu:allocation-depth`.
+        writethrough: A write is answered when it is durable, whatever the client says.
     """
 
     id: str
     name: str
     writable: bool
     description: str
+    allocation_depth: bool = True
+    writethrough: bool = False
 
 
 class Export:
@@ -96,6 +116,7 @@ class Export:
         is_retired: Further requests of its clients are answered NBD_ESHUTDOWN.
         is_cut_off: Its clients are disconnected.
         when_unused: Called as soon as `is_used` is false; None: nobody waits for that.
+        accounting: Where requests of clients are counted, if they are.
         refusal: What clients that ask for it are told in place of getting it; empty: they get it.
         holders: Sessions that have chosen it.
         pumps: Connections in transmission; a pump leaves when all of its requests have ended.
@@ -114,13 +135,10 @@ class Export:
         self.is_closing = self.is_retired = self.is_cut_off = False
         self.when_unused: Callable[[], None] | None = None
         self.refusal = ""
+        self.accounting: Accounting | None = None
         self.holders = 0
         self.pumps: set[Pump] = set()
-        self._contexts: dict[str, StatusFunction] = {
-            NBD_META_BASE_ALLOCATION: self._allocation,
-            NBD_META_QEMU_ALLOCATION_DEPTH: self._allocation_depth,
-            **{NBD_META_QEMU_DIRTY_BITMAP + name: ask for name, ask in (bitmaps or {}).items()},
-        }
+        self._contexts = self._make_contexts(bitmaps or {})
         self._drains = 0
         self._unused_waiters: list[asyncio.Future[None]] = []
 
@@ -230,6 +248,13 @@ class Export:
 
     # --- metadata contexts ---------------------------------------------------------------------
 
+    def _make_contexts(self, bitmaps: Mapping[str, StatusFunction]) -> dict[str, StatusFunction]:
+        """Return what is offered, by name."""
+        found: dict[str, StatusFunction] = {NBD_META_BASE_ALLOCATION: self._allocation}
+        if self.options.allocation_depth:
+            found[NBD_META_QEMU_ALLOCATION_DEPTH] = self._allocation_depth
+        return found | {NBD_META_QEMU_DIRTY_BITMAP + name: ask for name, ask in bitmaps.items()}
+
     async def _allocation(self, offset: int, length: int) -> list[Extent]:
         """base:allocation. The flags of base.extent are those of the spec."""
         return await self.node.block_status(offset, length)
@@ -257,10 +282,39 @@ class Export:
 
     def _new_route(self, flags: int) -> Route:
         node = self.node
-        route = Route(node, size=node.size, flags=flags)
+        io: IoVerbs = _Writethrough(node) if self.options.writethrough else node
+        if self.accounting is not None:
+            route = Route(CountedVerbs(io, self.accounting), size=node.size, flags=flags)
+            route.refused = self._count_refused
+            return route
+        route = Route(io, size=node.size, flags=flags)
         # `Node.read_now` does nothing but this call.
-        route.read_now = node.driver.read_now
+        route.read_now = node.verbs.read_now
         return route
+
+    # --- accounting ----------------------------------------------------------------------------
+
+    def account(self, accounting: Accounting | None) -> None:
+        """Count the requests that begin from now on; None: no more."""
+        self.accounting = accounting
+        self.renew_routes()
+
+    def renew_routes(self) -> None:
+        """Take up a change of how requests are counted, here or in the node.
+
+        They go to the same node as before, so this needs no drained section (E2).
+        """
+        if self.root is not None:
+            for pump in self.pumps:
+                pump.route = self._new_route(pump.route.flags)
+
+    def _count_refused(self, command: int) -> None:
+        assert self.accounting is not None, "a route that counts"
+        kind = _KINDS.get(command)
+        if kind is not None:
+            self.accounting.invalid(kind)
+
+    # --- drained sections ----------------------------------------------------------------------
 
     def drained_begin(self) -> None:
         """Begin no requests until the matching `drained_end`; connections stay."""
@@ -289,3 +343,37 @@ class Export:
         while not self.is_idle():
             for pump in list(self.pumps):
                 await pump.wait_idle()
+
+
+class _Writethrough:
+    """The verbs of a node, each write durable before it ends.
+
+    Args:
+        node: The node.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.read_now = node.read_now
+        self.read = node.read
+        self.flush = node.flush
+        self.block_status = node.block_status
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """See block.node."""
+        del fua
+        await self._node.write(offset, data, fua=True)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
+    ) -> None:
+        """See block.node."""
+        del fua
+        await self._node.write_zeroes(
+            offset, length, fua=True, may_unmap=may_unmap, no_fallback=no_fallback
+        )
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See block.node."""
+        await self._node.discard(offset, length)
+        await self._node.flush()

@@ -3,6 +3,7 @@
 Invariants
   R1  Ids are unique, and so are names; both are compared exactly.
   R2  An export that is being removed cannot be found by clients; its id is taken until it is gone.
+  R3  While guests are stopped, no writable export begins a request, also not one that is new.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Exports:
         self._by_id: dict[str, Export] = {}
         self._by_name: dict[str, Export] = {}
         self._generations = itertools.count(1)
+        self._stopped: set[Export] | None = None  # exports that are held; None: guests run
 
     def __iter__(self) -> Iterator[Export]:
         return iter(list(self._by_id.values()))
@@ -86,6 +88,7 @@ class Exports:
         self._graph.attach_root("root", export, node, perm=needed, shared=shared)
         self._by_id[options.id] = export
         self._by_name[options.name] = export
+        self._stop(export)
         return export
 
     def get(self, export_id: str) -> Export:
@@ -129,13 +132,72 @@ class Exports:
         await export.wait_unused()
         self._forget(export)
 
+    def cut_off(self, export_id: str) -> None:
+        """Offer an export no more and disconnect its clients, without waiting for requests.
+
+        The export is gone, and `removed` tells of it, when those have ended; now, without any.
+
+        Raises:
+            NotFound: There is none with this id.
+        """
+        export = self.get(export_id)
+        if not export.is_closing:
+            export.is_closing = True
+            del self._by_name[export.options.name]
+        export.is_cut_off = True
+        export.when_unused = partial(self._forget, export)
+        for pump in list(export.pumps):
+            pump.abort("the export is removed")
+        if not export.is_used:
+            self._forget(export)
+
     def _forget(self, export: Export) -> None:
         """Let go of an export that is not used any more. Idempotent: several may wait for that."""
         if export.root is None:
             return
         self._graph.detach_root(export.root)
+        if self._stopped is not None:
+            self._stopped.discard(export)
         del self._by_id[export.options.id]
         self.removed.publish(export.options.id)
+
+    # --- guests --------------------------------------------------------------------------------
+
+    @property
+    def guests_are_stopped(self) -> bool:
+        """Whether writable exports begin no requests."""
+        return self._stopped is not None
+
+    async def stop_guests(self) -> None:
+        """Begin no request of a writable export until `let_guests_go`. Idempotent.
+
+        Connections stay, and what clients send waits in their sockets. Returns when all that had
+        begun has ended and is on stable storage.
+
+        Raises:
+            IoError: A disk cannot be flushed. Guests are stopped nevertheless.
+
+        Cancel: guests are stopped; some of their requests may still be running.
+        """
+        if self._stopped is None:
+            self._stopped = set()
+            for export in self:
+                self._stop(export)
+        for export in list(self._stopped):
+            await export.wait_idle()
+            if export.root is not None:
+                await export.node.flush()
+
+    def let_guests_go(self) -> None:
+        """Undo `stop_guests`. Idempotent."""
+        held, self._stopped = self._stopped, None
+        for export in held or ():
+            export.drained_end()
+
+    def _stop(self, export: Export) -> None:
+        if self._stopped is not None and export.options.writable:
+            self._stopped.add(export)
+            export.drained_begin()
 
     def _check_new(self, options: ExportOptions) -> None:
         """Check that an export with these options may be added.

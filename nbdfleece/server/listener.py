@@ -56,6 +56,8 @@ class Listener:
         self.tls = TlsMode.OFF
         self.sockets = sockets
         self._file = file  # of the unix socket that we made
+        # The working folder may be another one when it is removed.
+        self._path = Path(address.path).absolute() if isinstance(address, UnixAddress) else None
         self._retry: asyncio.TimerHandle | None = None
 
     @property
@@ -87,10 +89,9 @@ class Listener:
             asyncio.get_running_loop().remove_reader(sock)
             sock.close()
         file, self._file = self._file, None
-        if file is None:
+        path = self._path
+        if file is None or path is None:
             return
-        assert isinstance(self.address, UnixAddress)
-        path = Path(self.address.path)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.lstat(), file):
                 path.unlink()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import socket
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from nbdfleece.server.addresses import Address
     from nbdfleece.server.audit import ClientNews
+    from nbdfleece.server.authz import Authz
     from nbdfleece.server.exports import Exports
     from nbdfleece.server.options import ServerOptions
     from nbdfleece.server.policy import Policy
@@ -59,7 +61,8 @@ class Server:
         listeners: What is listened on.
         sessions: The clients, by number, without those that are being turned away.
         news: Of clients that open exports, and leave.
-        credentials: As given; reloading them is up to whoever gave them, and so with the policy.
+        credentials: As given last; reloading them is up to whoever gave them, and so with the
+            policy.
     """
 
     def __init__(
@@ -75,9 +78,12 @@ class Server:
         self.sessions: dict[int, Session] = {}
         self.news: Notifier[ClientNews] = Notifier()
         self.credentials = credentials
-        self._options = options
-        gate = Gate(exports, policy, tokens, options.max_per_export)
-        self._terms = Terms(gate, options, credentials, self.news, self.sessions)
+        self._exports = exports
+        self._first_options = self._options = options
+        self._gate = Gate(
+            exports, policy, tokens, options.max_per_export, options.max_connections == 1
+        )
+        self._terms = Terms(self._gate, options, credentials, self.news, self.sessions)
         self._turned_away: dict[int, Session] = {}
         self._tasks = asyncio.TaskGroup()
         self._session_tasks: dict[int, asyncio.Task[None]] = {}
@@ -102,6 +108,37 @@ class Server:
             raise
         # The error of the block is none of the tasks'; it goes on as it is, not in a group.
         await self._tasks.__aexit__(None, None, None)
+
+    def configure(
+        self,
+        *,
+        max_connections: int | None,
+        credentials: TlsCredentials | None,
+        authz: Authz | None,
+    ) -> None:
+        """Set what holds for connections to come; nothing is listened on yet.
+
+        Args:
+            max_connections: Clients at a time, 0 for any number; None: as many as at the beginning.
+            credentials: For TLS.
+            authz: Who may go on when TLS has said who it is; None: everybody.
+        """
+        assert not self.listeners, "clients are being taken"
+        options = self._first_options
+        if max_connections is not None:
+            # Whoever says how many means it, also of clients on one machine.
+            options = dataclasses.replace(
+                options, max_connections=max_connections, max_per_address=0
+            )
+        self._options = options
+        self.credentials = credentials
+        gate = dataclasses.replace(self._gate, is_for_one=options.max_connections == 1)
+        self._terms = Terms(gate, options, credentials, self.news, self.sessions, authz)
+
+    def disconnect_all(self, reason: str) -> None:
+        """Close all connections now. Requests that have begun run to their end."""
+        for session in self._all():
+            session.abort(reason)
 
     async def listen(self, address: Address, tls: TlsMode = TlsMode.OFF) -> Listener:
         """Listen on one more address.
@@ -146,10 +183,11 @@ class Server:
             self.unlisten(listener)
         for session in self._all():
             session.begin_shutdown()
+        # What was held has not begun, and does not any more; its connections can end.
+        self._exports.let_guests_go()
         if await self._sessions_end(timeout_s):
             return True
-        for session in self._all():
-            session.abort("the server shuts down")
+        self.disconnect_all("the server shuts down")
         # Cut off clients end at once; a session that waits for a stuck disk never does.
         if not await self._sessions_end(ABORT_TIMEOUT_S):
             for task in list(self._session_tasks.values()):

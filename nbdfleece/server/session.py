@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nbdfleece.datapath.stream import Stream
     from nbdfleece.protocol.nbd.handshake import Outcome
     from nbdfleece.server.audit import ClientNews
+    from nbdfleece.server.authz import Authz
     from nbdfleece.server.directory import Gate
     from nbdfleece.server.export import Export
     from nbdfleece.server.options import ServerOptions
@@ -59,6 +60,7 @@ class Terms:
         gate: Who may see what.
         options: Limits.
         credentials: For TLS; None: there is none.
+        authz: Who may go on when TLS has said who it is; None: everybody.
         news: Of clients that open exports, and leave.
         sessions: All that count, by number.
         complaints: About limits that were reached.
@@ -69,6 +71,7 @@ class Terms:
     credentials: TlsCredentials | None
     news: Notifier[ClientNews]
     sessions: Mapping[int, Session]
+    authz: Authz | None = None
     complaints: Complaints = field(default_factory=Complaints)
 
 
@@ -232,7 +235,7 @@ class Session:
         """Do the TLS handshake, and go on as whom it has proved the client to be.
 
         Raises:
-            PeerViolation: It has failed.
+            PeerViolation: It has failed, or this client may not use the server.
             OSError: The connection is lost.
         """
         terms = self._terms
@@ -249,6 +252,8 @@ class Session:
         self._audit.tls = stream.version()
         self.identity = proved(self.identity, stream.peer_certificate(), offer.psk)
         self._audit.identity = identity_name(self.identity)
+        if terms.authz is not None and not terms.authz.is_allowed(self.identity):
+            raise PeerViolation("the authorization object does not allow this client")
         self._check_identity_limit()
         self._directory = ClientDirectory(terms.gate, self.identity, may_start_tls=False)
         self._handshake.tls_begun(self._directory)

@@ -774,7 +774,7 @@ async def test_a_read_longer_than_any_disk_is_refused(line: MakeLine, length: in
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        (wire.extended_request(1, flags=0, cookie=1, offset=0, length=512) + bytes(512), "without"),
+        (wire.extended_request(1, flags=0, cookie=1, offset=0, length=2**32), "payload of"),
         (wire.extended_request(1, flags=32, cookie=1, offset=0, length=2**63), "payload of"),
         (
             wire.extended_request(77, flags=32, cookie=1, offset=0, length=limits.MAX_PAYLOAD + 1),
@@ -782,7 +782,12 @@ async def test_a_read_longer_than_any_disk_is_refused(line: MakeLine, length: in
         ),
         (wire.request(0, flags=0, cookie=1, offset=0, length=512) + bytes(4), "magic"),
     ],
-    ids=["WRITE without a payload", "monstrous WRITE", "monstrous payload", "compact header"],
+    ids=[
+        "monstrous WRITE without the flag",
+        "monstrous WRITE",
+        "monstrous payload",
+        "compact header",
+    ],
 )
 async def test_what_cannot_be_skipped_ends_the_connection(
     line: MakeLine, header: bytes, reason: str

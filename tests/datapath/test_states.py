@@ -80,6 +80,7 @@ def test_random_history_equals_a_plain_bytearray(
         assert states.uniform(first, last) == plain.uniform(first, last)
         assert states.run_end(first, last) == plain.run_end(first, last)
         assert states.find(state, first, last) == plain.states.find(state, first, last)
+        assert states.count(state) == plain.states.count(state)
         if last - first < 2000:
             assert states.runs(first, last) == plain.runs(first, last)
     assert states.runs(0, count) == plain.runs(0, count)

@@ -273,6 +273,11 @@ def test_extended_length_without_the_flag_is_no_payload(command: int) -> None:
     assert payload_length(command, 0, (1 << 64) - 1, extended=True) == 0
 
 
+@pytest.mark.parametrize("flags", [0, c.NBD_CMD_FLAG_FUA, PAYLOAD])
+def test_extended_write_has_its_payload_with_and_without_the_flag(flags: int) -> None:
+    assert payload_length(c.NBD_CMD_WRITE, flags, MAX_PAYLOAD, extended=True) == MAX_PAYLOAD
+
+
 def test_nothing_follows_a_disconnect() -> None:
     assert payload_length(c.NBD_CMD_DISC, PAYLOAD, 1 << 63, extended=True) == 0
 
@@ -286,11 +291,11 @@ def test_nothing_follows_a_disconnect() -> None:
         (c.NBD_CMD_READ, PAYLOAD, MAX_PAYLOAD + 1, True),
         (c.NBD_CMD_BLOCK_STATUS, PAYLOAD, (1 << 64) - 1, True),
         (77, PAYLOAD, 1 << 32, True),
-        (c.NBD_CMD_WRITE, 0, 1, True),
-        (c.NBD_CMD_WRITE, c.NBD_CMD_FLAG_FUA, 4096, True),
+        (c.NBD_CMD_WRITE, 0, MAX_PAYLOAD + 1, True),
+        (c.NBD_CMD_WRITE, c.NBD_CMD_FLAG_FUA, (1 << 64) - 1, True),
     ],
 )
-def test_payload_that_is_too_long_or_unclear_ends_the_connection(
+def test_payload_that_is_too_long_ends_the_connection(
     command: int, flags: int, length: int, extended: bool
 ) -> None:
     with pytest.raises(PeerViolation):

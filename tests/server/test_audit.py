@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from nbdfleece.base.limits import MAX_COMPLAINTS
 from nbdfleece.server.audit import Audit, ClientDisconnected, Complaints, quoted
 
 LINE = re.compile(
@@ -82,3 +83,10 @@ def test_complaint_is_made_once_until_there_is_room(caplog: pytest.LogCaptureFix
     complaints.end("address 192.0.2.1")
     complaints.say("address 192.0.2.1", "8 clients, no more")
     assert len(caplog.records) == 3
+
+
+def test_complaints_about_ever_new_addresses_take_no_ever_new_memory() -> None:
+    complaints = Complaints()
+    for number in range(100_000):
+        complaints.say(f"address 2001:db8::{number:x}", "128 clients, no more")
+    assert len(complaints._said) <= MAX_COMPLAINTS

@@ -191,3 +191,39 @@ async def test_full_export_says_so_to_those_who_may_know(short_tmp: Path) -> Non
         assert seen_by(gate, 5).find("disk") is None
         export.release()
         assert seen_by(gate, 1).find("disk") is not None
+
+
+async def test_token_that_expires_once_its_export_is_found(short_tmp: Path) -> None:
+    """Between being found and being held lies no time for the client, but some for the clock."""
+    now = 0.0
+    tokens = Tokens(lambda: now)
+    async with gated(short_tmp, tokens=tokens) as (served, gate):
+        directory = seen_by(gate, 5)
+        info = directory.find(tokens.add("disk", 60.0))
+        assert info is not None
+        now = 60.0
+        assert directory.chosen(info) is served.exports.named("disk")
+
+
+async def test_policy_that_is_read_again_once_an_export_is_found(short_tmp: Path) -> None:
+    """It is read in a thread, so at any moment."""
+    async with gated(short_tmp) as (served, gate):
+        directory = seen_by(gate, 2)
+        info = directory.find("disk")
+        assert info is not None
+        assert gate.policy is not None
+        policy(short_tmp, "rule = []")
+        gate.policy.reload()
+        assert directory.chosen(info) is served.exports.named("disk")
+        assert seen_by(gate, 2).find("disk") is None
+
+
+@pytest.mark.parametrize("is_for_one", [True, False])
+async def test_where_one_may_connect_nobody_hears_of_several(
+    short_tmp: Path, is_for_one: bool
+) -> None:
+    async with gated(short_tmp, is_for_one=is_for_one) as (_, gate):
+        directory = seen_by(gate, 1)
+        listed = next(info for info in directory.list() if info.name == "disk")
+        for found in (flags(directory, "disk"), listed.flags):
+            assert bool(found & c.NBD_FLAG_CAN_MULTI_CONN) is not is_for_one

@@ -173,3 +173,44 @@ async def test_export_names_itself_in_conflicts(short_tmp: Path) -> None:
         second = served.exports.add(node, options)  # several exports of one node are fine
 
         assert second.node is node
+
+
+class Durable(MemoryDriver):
+    """Notes what is asked to be durable."""
+
+    def __init__(self) -> None:
+        super().__init__(bytearray(pattern(MiB)))
+        self.asked: list[object] = []
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        self.asked.append(fua)
+        await super().write(offset, data, fua=fua)
+
+    async def flush(self) -> None:
+        self.asked.append("flush")
+
+
+@pytest.mark.parametrize("writethrough", [True, False])
+async def test_writethrough_answers_writes_when_they_are_durable(
+    short_tmp: Path, writethrough: bool
+) -> None:
+    async with serving(short_tmp) as served:
+        driver = Durable()
+        node = await served.add_node(driver)
+        options = ExportOptions("w", "w", writable=True, description="", writethrough=writethrough)
+        served.exports.add(node, options)
+        async with connected(served.path, "w") as one:
+            await one.write(0, b"x" * 512)
+            await one.zero(512, 512)
+            assert driver.asked == [writethrough, writethrough]
+            driver.asked.clear()
+            await one.trim(4096, 4096)
+            assert driver.asked == (["flush"] if writethrough else [])
+            assert await one.read(0, 512) == b"x" * 512
+
+
+async def test_allocation_depth_is_offered_on_demand(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        node = served.exports.get("disk").node
+        options = ExportOptions("d", "d", writable=False, description="", allocation_depth=False)
+        assert served.exports.add(node, options).describe().contexts == ("base:allocation",)

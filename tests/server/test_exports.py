@@ -99,7 +99,7 @@ async def test_conflicting_use_of_the_node_is_refused(short_tmp: Path) -> None:
             "owner", owner, {"file": (node, Role.DATA)}, read_only=False, discard_enabled=True
         )
 
-        with pytest.raises(CommandError, match="Conflicts"):
+        with pytest.raises(CommandError, match="Permission conflict"):
             served.exports.add(node, options())
 
 
@@ -331,3 +331,39 @@ async def test_depth_of_a_plain_disk_is_one(short_tmp: Path) -> None:
         found = await one.status(0, MiB, context="qemu:allocation-depth")
         assert found == [(MiB, 1)]
         await one.close()
+
+
+async def test_stopped_guests_begin_nothing_until_they_are_let_go(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        node = await served.add_node(MemoryDriver(bytearray(4096)))
+        served.exports.add(node, options(writable=True))
+        async with connected(served.path, "new") as client:
+            await client.write(0, b"before")
+            await served.exports.stop_guests()
+            await served.exports.stop_guests()
+            assert served.exports.guests_are_stopped
+            (pump,) = served.exports.get("new").pumps
+            begun = pump.requests
+            write = asyncio.create_task(client.write(0, b"after!"))
+            async with connected(served.path, "frozen") as reader:
+                assert await reader.read(0, 8) == pattern(8)
+            assert pump.requests == begun
+            assert not write.done()
+
+            served.exports.let_guests_go()
+            served.exports.let_guests_go()
+            await write
+            assert not served.exports.guests_are_stopped
+            assert await client.read(0, 6) == b"after!"
+
+
+async def test_an_export_that_is_removed_while_guests_are_stopped(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        node = await served.add_node(MemoryDriver(bytearray(4096)))
+        await served.exports.stop_guests()
+        served.exports.add(node, options(writable=True))
+        await served.exports.remove("new", RemoveMode.SAFE)
+        served.exports.let_guests_go()
+        served.exports.add(node, options(writable=True))
+        async with connected(served.path, "new") as client:
+            await client.write(0, b"x")

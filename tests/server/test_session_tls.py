@@ -337,3 +337,54 @@ async def test_local_users_are_identities_too(short_tmp: Path) -> None:
         assert caught.value.reply == c.NBD_REP_ERR_SHUTDOWN
         await late.close()
         assert await client.read(0, 4) == pattern(4)
+
+
+# --- exports that TLS alone opens --------------------------------------------------------------
+
+
+async def test_of_what_tls_alone_opens_nothing_is_told_before_it(short_tmp: Path, pki: Pki) -> None:
+    """By any option: an export that is there, the default one, and one that is not, look alike."""
+    rules = policy(
+        short_tmp,
+        '[[rule]]\nwho = { cert = "CN=backup1" }\nexports = ["disk"]\nallow = ["list", "read"]\n'
+        '[[rule]]\nwho = { any = true }\nexports = ["frozen"]\nallow = ["list", "read"]\n',
+    )
+    credentials = TlsCredentials(pki.server)
+    async with serving(short_tmp, tls=ALLOW, credentials=credentials, policy=rules) as served:
+        served.exports.default_name = "disk"
+        client = await served.open()
+        await client.run(talks.greet(no_zeroes=True))
+        await client.run(talks.structured_reply())
+        told = set()
+        for name in ("disk", "unknown", "", "DISK", "disk@x:token"):
+            for talk in (
+                talks.go(name),
+                talks.info(name),
+                talks.set_meta_context(name, ["base:allocation"]),
+                talks.list_meta_context(name, ["base:"]),
+            ):
+                with pytest.raises(OptionRefused) as caught:
+                    await client.run(talk)
+                told.add((talk.__name__, caught.value.reply))
+        assert told == {
+            ("go", c.NBD_REP_ERR_TLS_REQD),
+            ("info", c.NBD_REP_ERR_TLS_REQD),
+            ("set_meta_context", c.NBD_REP_ERR_UNKNOWN),  # the spec has no other for these
+            ("list_meta_context", c.NBD_REP_ERR_UNKNOWN),
+        }
+        assert await client.run(talks.list_exports()) == [("frozen", "")]
+        with pytest.raises(EOFError):
+            await client.run(talks.export_name("disk", no_zeroes=True))
+        await client.close()
+
+        async with over_tls(served, pki.client("backup1"), "") as inside:
+            assert await inside.read(0, 4) == pattern(4)
+            assert inside.export is not None
+            assert inside.export.flags & c.NBD_FLAG_READ_ONLY
+            assert await inside.error_of(c.NBD_CMD_WRITE, 0, 4, data=b"evil") == c.NBD_EPERM
+        for name in ("disk", "unknown", ""):
+            with pytest.raises(OptionRefused) as caught:
+                async with over_tls(served, pki.client("mallory"), name):
+                    pass
+            assert caught.value.reply == c.NBD_REP_ERR_UNKNOWN
+        assert served.disk.data == pattern(MiB)

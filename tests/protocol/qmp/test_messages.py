@@ -16,12 +16,32 @@ from nbdfleece.protocol.qmp.values import encode
         ({"execute": 5}, "QMP input member 'execute' must be a string"),
         ({"execute": "x", "arguments": 7}, "QMP input member 'arguments' must be an object"),
         ({"execute": "x", "zz": 1}, "QMP input member 'zz' is unexpected"),
+        ({"exec-oob": "x"}, "QMP input member 'exec-oob' is unexpected"),
     ],
 )
 def test_what_is_no_request(message, text: str) -> None:
     with pytest.raises(CommandError) as refused:
         messages.parse_request(message)
     assert str(refused.value) == text
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({}, "QMP input lacks member 'execute'"),
+        ({"exec-oob": 5}, "QMP input member 'exec-oob' must be a string"),
+        ({"exec-oob": "x", "execute": "x"}, "QMP input member 'execute' clashes with 'exec-oob'"),
+    ],
+)
+def test_what_is_no_request_with_out_of_band_execution(message, text: str) -> None:
+    with pytest.raises(CommandError) as refused:
+        messages.parse_request(message, oob=True)
+    assert str(refused.value) == text
+
+
+def test_a_request_out_of_band() -> None:
+    assert messages.parse_request({"exec-oob": "x"}, oob=True).out_of_band
+    assert not messages.parse_request({"execute": "x"}, oob=True).out_of_band
 
 
 @pytest.mark.parametrize("identity", [None, 0, "x", [1, {"a": 2}]])

@@ -14,8 +14,9 @@ Requests are cut to what the server takes. They are never rounded: a server with
 above 1 is not promised that we keep to it (see protocol.nbd.client), so it serves any range, or
 is refused at open. Reading, changing and writing back what surrounds a request is not done here.
 
-A server that loses what it has replied to but not flushed loses it for us too, and a node that
-comes back behind `reconnect-delay` cannot know that: the same as a disk whose power fails.
+A server that comes back behind `reconnect-delay` may have lost what it had replied to and not
+flushed. QEMU does not know that, and a FLUSH succeeds all the same; here such requests are repeated
+first (module `unflushed`). Without the delay a lost server is lost for ever.
 
 With `x-dirty-bitmap` block status tells of the bitmap in place of allocation: dirty is reported as
 HOLE, clean as DATA, as QEMU does. Such a node is for looking at the bitmap, not for copying from.

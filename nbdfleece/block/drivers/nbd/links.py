@@ -17,7 +17,10 @@ Invariants
       writable, offering no less. A server that comes back otherwise is refused.
   K3  A request without a reply is sent again on another connection, when `reconnect_delay_s` allows
       that. All requests are such that doing them twice is doing them once.
-  K4  One task, the keeper, makes connections; the node's close ends it and waits for it.
+  K4  What was replied to and not flushed is repeated on a server that comes back, before anything
+      else is asked of it, and flushed there (module `unflushed`). A connection joins others only
+      if those are known to be to the same run of the server.
+  K5  One task, the keeper, makes connections; the node's close ends it and waits for it.
 
 What sending again cannot know, here as in QEMU: whether the server is still at the request on the
 lost connection. Were it to carry out a write only after the repetition has been replied to, and
@@ -39,7 +42,10 @@ from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.limits import NBD_CONNECTIONS, NBD_DIAL_TIMEOUT_S, NBD_REQUESTS, NBD_RETRY_S
 from nbdfleece.block.drivers.nbd.connection import Connection, Lost
 from nbdfleece.block.drivers.nbd.dial import DialError, dial
+from nbdfleece.block.drivers.nbd.unflushed import Unflushed
 from nbdfleece.protocol.nbd.constants import (
+    NBD_CMD_FLUSH,
+    NBD_CMD_READ,
     NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_READ_ONLY,
     NBD_FLAG_SEND_FAST_ZERO,
@@ -80,6 +86,8 @@ class Links:
         self._reconnect_delay_s = reconnect_delay_s
         self._open_timeout_s = open_timeout_s
         self._first: Connected | None = None
+        self._unflushed: Unflushed | None = None  # None: nothing is ever repeated
+        self._flush_has_failed = False  # one of our own, of which the next FLUSH is to tell
         self._up: list[Connection] = []
         self._wanted = 1  # connections that the keeper tries for
         self._dead: str | None = None  # why
@@ -107,9 +115,12 @@ class Links:
         """
         dialled = await self._dial_first()
         self._first = dialled.connected
-        self._join(dialled)
+        flags = dialled.connected.export.flags
+        if self._reconnect_delay_s and flags & NBD_FLAG_SEND_FLUSH:
+            self._unflushed = Unflushed()
+        self._join(Connection(dialled))
         self._wanted = self._most(dialled.connected)
-        # The owner of this task is the node: `close` ends it and waits for its end (K4).
+        # The owner of this task is the node: `close` ends it and waits for its end (K5).
         loop = asyncio.get_running_loop()
         self._keeper = loop.create_task(self._keep(), name=f"keeper of {self.target}")
         self._keeper.add_done_callback(self._keeper_ended)
@@ -184,10 +195,14 @@ class Links:
             The reply, whatever it says, and the connection that it came from.
 
         Raises:
-            IoError: EIO: there is no server to ask any more.
+            IoError: EIO: there is no server to ask any more, or a flush of our own has failed.
 
         Cancel: not cancelled.
         """
+        unflushed = self._unflushed
+        if command == NBD_CMD_FLUSH and self._flush_has_failed:
+            self._flush_has_failed = False
+            raise IoError(errno.EIO, f"{where}: {self.target}: an earlier flush has failed")
         while True:
             self._check_alive(where)
             connection = self._free_connection()
@@ -196,6 +211,7 @@ class Links:
                 self._waiters.append(waiter)
                 await waiter
                 continue
+            newest = 0 if unflushed is None else unflushed.newest
             try:
                 reply = await connection.submit(
                     command, offset, length, flags=flags, data=data, view=view
@@ -205,7 +221,26 @@ class Links:
                     raise IoError(errno.EIO, f"{where}: {error}") from error
                 continue
             self._wake(1)
+            if unflushed is not None and not reply.error:
+                if command == NBD_CMD_FLUSH:
+                    unflushed.forget(newest)
+                else:
+                    unflushed.note(command, offset, length, flags, data)
+                    if unflushed.is_full:
+                        await self._make_room(where)
             return reply, connection.connected
+
+    async def _make_room(self, where: str) -> None:
+        """Have the server flush, so that nothing need be kept.
+
+        Raises:
+            IoError: It could not; the caller's next FLUSH fails too, since it is told of others'
+                writes here.
+        """
+        reply, _ = await self.request(where, NBD_CMD_FLUSH, 0, 0)
+        if reply.error:
+            self._flush_has_failed = True
+            raise IoError(errno.EIO, f"{where}: {self.target}: the flush behind it has failed")
 
     def _check_alive(self, where: str) -> None:
         """Refuse a request that nobody will carry out.
@@ -243,7 +278,6 @@ class Links:
         attempt = 0
         while not self._is_dead():
             if len(self._up) >= self._wanted:
-                attempt = 0
                 self._changed.clear()
                 await self._changed.wait()
                 continue
@@ -253,6 +287,7 @@ class Links:
                     dialled.stream.close()
                     return
                 self._check_same(dialled)
+                connection = await self._begin(dialled)
             except CommandError as error:
                 if self._up:
                     # It may allow no more, which the handshake cannot say.
@@ -263,10 +298,71 @@ class Links:
                 await asyncio.sleep(_pause(attempt))
                 attempt += 1
                 continue
+            if connection is None:
+                continue
             if not self._up:
                 self._wanted = self._most(dialled.connected)
                 _log.info("%s: connected again", self.target)
-            self._join(dialled)
+            attempt = 0
+            self._join(connection)
+
+    async def _begin(self, dialled: Dialled) -> Connection | None:
+        """Make a connection one that may join (K4); None: it may not, or not any more.
+
+        Raises:
+            DialError: The server does not take what has to be repeated, or is gone again.
+        """
+        connection = Connection(dialled)
+        may_join = False
+        try:
+            if not self._unflushed:
+                may_join = True
+            elif self._up:
+                # It answers, so it has not ended before the new connection was there.
+                other = self._up[0]
+                if not other.lost.done():
+                    view = memoryview(bytearray(1))  # the export is not empty: it was changed
+                    await other.submit(NBD_CMD_READ, 0, 1, view=view)
+                    may_join = bool(self._up)
+            else:
+                await self._repeat(connection)
+                may_join = True
+            may_join = may_join and not self._is_dead() and not connection.lost.done()
+        except Lost as error:
+            if not self._up:
+                raise DialError(f"{self.target}: {error}", is_passing=True) from error
+        finally:
+            if not may_join:
+                connection.disconnect()
+        return connection if may_join else None
+
+    async def _repeat(self, connection: Connection) -> None:
+        """Repeat what the server may have lost, and have it flushed.
+
+        Raises:
+            DialError: The server does not take it.
+            Lost: The connection is gone.
+        """
+        assert self._unflushed is not None
+        newest = self._unflushed.newest
+        for change in list(self._unflushed):
+            data = None if change.data is None else memoryview(change.data)
+            reply = await connection.submit(
+                change.command, change.offset, change.length, flags=change.flags, data=data
+            )
+            self._check_repeated(reply)
+        self._check_repeated(await connection.submit(NBD_CMD_FLUSH, 0, 0))
+        self._unflushed.forget(newest)
+
+    def _check_repeated(self, reply: Reply) -> None:
+        """Check that what was repeated has been done.
+
+        Raises:
+            DialError: It has not.
+        """
+        if reply.error:
+            text = "the server does not take again what it had taken before"
+            raise DialError(f"{self.target}: {text}: error {reply.error}", is_passing=True)
 
     def _is_dead(self) -> bool:
         return self._dead is not None
@@ -298,8 +394,7 @@ class Links:
         """Return how many connections may be used (K1)."""
         return NBD_CONNECTIONS if connected.export.flags & NBD_FLAG_CAN_MULTI_CONN else 1
 
-    def _join(self, dialled: Dialled) -> None:
-        connection = Connection(dialled)
+    def _join(self, connection: Connection) -> None:
         self._up.append(connection)
         connection.lost.add_done_callback(lambda future: self._leave(connection, future))
         self._is_failing = False
