@@ -58,6 +58,15 @@ class DirtyBitmap:
         """Make every granule clean."""
         self._bits = StateMap(ceil_div(self.size, self.granularity))
 
+    def resize(self, size: int) -> None:
+        """Follow the node to its new size: what is gone is forgotten, what is new is clean."""
+        assert not self.busy, f"bitmap '{self.name}' is busy"
+        bits = StateMap(ceil_div(size, self.granularity))
+        for first, last in self._runs():
+            if first < len(bits):
+                bits.fill(first, min(last, len(bits)), _DIRTY)
+        self.size, self._bits = size, bits
+
     def count(self) -> int:
         """Return dirty granules times granularity, in bytes (as QMP reports it)."""
         return sum(last - first for first, last in self._runs()) * self.granularity

@@ -68,9 +68,10 @@ class Child:
         perm: What the parent does to the node (bits of block.permissions).
         shared: What it bears other parents doing.
         frozen: Why the edge may not be re-pointed now, or None.
+        stays: The edge is left alone when a filter is put above the node (that of a job).
     """
 
-    __slots__ = ("frozen", "name", "node", "parent", "perm", "role", "shared")
+    __slots__ = ("frozen", "name", "node", "parent", "perm", "role", "shared", "stays")
 
     def __init__(
         self, name: str, role: Role, parent: Parent, node: Node, *, perm: int, shared: int
@@ -82,7 +83,10 @@ class Child:
         self.perm = perm
         self.shared = shared
         self.frozen: str | None = None
+        self.stays = False
 
     def describe(self) -> str:
         """Return how to call this use of the node in an error."""
-        return f"{self.parent.describe_parent()} as '{self.name}'"
+        return (
+            f"{self.parent.describe_parent()} (uses node '{self.node.name}' as '{self.name}' child)"
+        )

@@ -15,19 +15,38 @@ Rules for every verb
 from __future__ import annotations
 
 import errno
+import json
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from nbdfleece.base.errors import IoError
+from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.extent import DATA, Extent
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.child import Child, Role
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nbdfleece.block.node import Node
     from nbdfleece.datapath.fileio import FileIo
 
 Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Reopening:
+    """What an open node is to become.
+
+    Attributes:
+        read_only: No parent may write.
+        direct: Bypass the page cache.
+        options: The driver's own options, defaults included, by QMP name.
+    """
+
+    read_only: bool
+    direct: bool
+    options: Mapping[str, object]
 
 
 class Driver(ABC):
@@ -36,6 +55,9 @@ class Driver(ABC):
     Attributes:
         name: The driver's QMP name.
         is_filter: Reads through the node give the data of its FILTERED child.
+        can_reopen: The options of a node may be changed while it is open.
+        changeable: Those of the driver's own options that may be.
+        repointable: Names of the children that may be replaced by others then.
         stays_at_node: The node's children are these very nodes, whatever is put above them: its
             edges are left alone when a filter is inserted.
         node: The node this driver belongs to; set before `open`.
@@ -43,6 +65,9 @@ class Driver(ABC):
 
     name: ClassVar[str]
     is_filter: ClassVar[bool] = False
+    can_reopen: ClassVar[bool] = True
+    changeable: ClassVar[frozenset[str]] = frozenset()
+    repointable: ClassVar[frozenset[str]] = frozenset({"file", "backing"})
     stays_at_node: ClassVar[bool] = False
     node: Node
 
@@ -72,6 +97,59 @@ class Driver(ABC):
             Whether there was such a peer.
         """
         return False
+
+    def drain_begun(self) -> None:  # noqa: B027 - most drivers hold nothing back
+        """Hold no request back of one's own accord until the matching `drain_ended`; nests.
+
+        A drained section waits for requests that may be here, or may come here on their way.
+        """
+
+    def drain_ended(self) -> None:  # noqa: B027
+        """Undo one `drain_begun`; may come after `close`."""
+
+    # --- changes while it is open ------------------------------------------------------------
+
+    async def truncate(self, size: int) -> None:
+        """Make what the node stands on so long that the node has `size` bytes; it is drained.
+
+        Raises:
+            CommandError: It cannot be resized. Nothing has changed.
+        """
+        if not self.is_filter or self.node.file is None:
+            raise CommandError("Image format driver does not support resize")
+        await self.node.file.node.truncate(size)
+
+    def size_now(self) -> int:
+        """Return the size that the node should have, when a child may have got another size.
+
+        Raises:
+            CommandError: The child is too small now.
+        """
+        if self.is_filter and self.node.file is not None:
+            return self.node.file.node.size
+        return self.node.size
+
+    async def reopen_prepare(self, to: Reopening) -> None:  # noqa: B027
+        """Get ready for other options: whatever may take time, or fail. The node is drained.
+
+        `reopen_finish` follows, if this succeeded, perhaps with `reopen_apply` in between.
+
+        Raises:
+            CommandError: It cannot be. Nothing has changed.
+        """
+
+    def reopen_apply(self, to: Reopening) -> None:  # noqa: B027
+        """Take over the options; the children are already those of the new graph.
+
+        Raises:
+            CommandError: It cannot be. Nothing has changed.
+        """
+
+    def reopen_undo(self) -> None:  # noqa: B027
+        """Undo `reopen_apply`, which was the last call but for permissions. Cannot fail."""
+
+    async def reopen_finish(self) -> None:  # noqa: B027
+        """Drop whatever is not in force: of before, or of the change that was not made."""
 
     # --- permissions -----------------------------------------------------------------------
 
@@ -206,8 +284,34 @@ class Driver(ABC):
         """
         return None
 
+    def bypasses_cache(self) -> bool:
+        """Tell whether requests bypass the page cache, as far as the options say so."""
+        return self.node.spec is not None and self.node.spec.direct
+
+    def image_name(self) -> str:
+        """Return what QMP shows as the image's file name: of a filter, that of its child."""
+        edge = self.node.file
+        if edge is not None:
+            below = edge.node.driver.image_name()
+            is_plain = edge.role & Role.FILTERED and not below.startswith("json:")
+            if self.is_filter or self.stays_at_node or is_plain:
+                return below
+        return f"json:{json.dumps(self.image_options())}"
+
+    def image_options(self) -> dict[str, object]:
+        """Return the options that say which image it is, those of the children among them."""
+        spec = self.node.spec
+        found: dict[str, object] = {"driver": self.name}
+        if spec is not None:
+            found |= {name: spec.driver_options.get(name) for name in sorted(spec.given)}
+        for edge in self.node.children:
+            found[edge.name] = edge.node.driver.image_options()
+        return found
+
     async def allocated_size(self) -> int | None:
         """Return how many bytes of storage the node holds now, or None when unknown."""
+        if self.is_filter and self.node.file is not None:
+            return await self.node.file.node.driver.allocated_size()
         return None
 
     def _where(self, verb: str, offset: int, length: int) -> str:

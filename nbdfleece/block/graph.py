@@ -15,28 +15,40 @@ Follows: QEMU block.c (bdrv_replace_node, bdrv_append, bdrv_refresh_perms).
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
 from typing import TYPE_CHECKING, Final
 
-from nbdfleece.base.errors import CommandError, InUse, NotFound
+from nbdfleece.base.errors import CommandError, InUse, IoError, NotFound
 from nbdfleece.base.limits import MAX_NODE_NAME
 from nbdfleece.block import permissions
 from nbdfleece.block.child import Child, Parent, Role
 from nbdfleece.block.drain import drained
 from nbdfleece.block.node import Node
+from nbdfleece.block.throttle_group import ThrottleGroups
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from nbdfleece.block.driver import Driver
+
+_log = logging.getLogger(__name__)
 
 _NODE_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
 class Graph:
-    """All nodes by name, and the changes to them."""
+    """All nodes by name, and the changes to them.
+
+    Attributes:
+        reopening: Held by whoever gives nodes other options (block.reopen): one at a time.
+        throttle_groups: What nodes of the driver `throttle` refer to.
+    """
 
     def __init__(self) -> None:
+        self.throttle_groups = ThrottleGroups()
+        self.reopening = asyncio.Lock()  # never held by requests
         self._nodes: dict[str, Node] = {}
         self._unnamed = 0
 
@@ -54,6 +66,10 @@ class Graph:
             raise NotFound(f"Cannot find device='' nor node-name='{name}'")
         return node
 
+    def get(self, name: str) -> Node | None:
+        """Return the node called `name`, or None."""
+        return self._nodes.get(name)
+
     def unused_name(self) -> str:
         """Return a fresh name for a node that the user did not name (as QEMU's `#block123`)."""
         self._unnamed += 1
@@ -68,7 +84,7 @@ class Graph:
         if _NODE_NAME.fullmatch(name) is None:
             raise CommandError(f"Invalid node-name: '{name}'")
         if len(name) > MAX_NODE_NAME:
-            raise CommandError(f"Node name '{name}' is longer than {MAX_NODE_NAME} characters")
+            raise CommandError("Node name too long")
         if name in self._nodes:
             raise CommandError(f"Duplicate nodes with node-name='{name}'")
 
@@ -101,6 +117,8 @@ class Graph:
             name = self.unused_name()
         else:
             self.check_new_name(name)
+        for child, _ in (children or {}).values():
+            self.find(child.name)  # it may have been removed while the caller waited
         node = Node(name, driver, read_only=read_only, discard_enabled=discard_enabled)
         self._nodes[name] = node
         change = GraphChange()
@@ -122,16 +140,14 @@ class Graph:
         return node
 
     async def remove(self, node: Node) -> None:
-        """Close a node that nobody uses, and forget it.
+        """Close a node that nobody uses, and forget it, with the children made as part of it.
 
         Raises:
             InUse: It has parents. Nothing has changed.
         """
-        if node.parents:
-            raise InUse(f"Node '{node.name}' is busy: {node.parents[0].describe()} uses it")
+        _check_unused(node)
         async with drained(node):
-            if node.parents:
-                raise InUse(f"Node '{node.name}' is busy: {node.parents[0].describe()} uses it")
+            _check_unused(node)
             del self._nodes[node.name]
             await node.driver.close()
         change = GraphChange()
@@ -139,6 +155,47 @@ class Graph:
         for edge in list(node.children):
             change.detach(edge)
         change.commit(below)
+        for child in below:
+            await self.remove_if_left(child)
+
+    async def remove_if_left(self, node: Node) -> None:
+        """Remove a node that was made as part of its parent, when it has no parents any more."""
+        if node.goes_with_parent and not node.parents and node.name in self._nodes:
+            await self.remove(node)
+
+    async def remove_made_by_monitor(self) -> None:
+        """Remove whatever blockdev-add made and nobody else uses, parents first, data flushed."""
+        while left := [node for node in self if node.owned_by_monitor and not node.parents]:
+            for node in left:
+                try:
+                    if not node.read_only:
+                        await node.flush()
+                except IoError as error:
+                    _log.error("node %s: last flush failed: %s", node.name, error)
+                await self.remove(node)
+
+    async def resize(self, node: Node, size: int) -> None:
+        """Make a node longer or shorter; all nodes above that have its size follow.
+
+        Raises:
+            CommandError: Somebody does not bear it, or it cannot be done. Nothing has changed.
+            IoError: The file or its file system refused.
+
+        Cancel: before it has begun.
+        """
+        async with drained(node):
+            self.find(node.name)  # it may have been removed meanwhile
+            edge = self.attach_root(
+                "root", _Resizer(), node, perm=permissions.RESIZE, shared=permissions.ALL
+            )
+            try:
+                check_bitmaps_idle(above(node))
+                await node.truncate(size)
+                for upper in above(node):
+                    if upper.size != upper.driver.size_now():
+                        upper.resized(upper.driver.size_now())
+            finally:
+                self.detach_root(edge)
 
     def attach_root(
         self, name: str, parent: Parent, node: Node, *, perm: int, shared: int
@@ -185,7 +242,9 @@ class Graph:
         """
         for parent in filter_node.parents:
             if _stays_at_node(parent):
-                raise InUse(f"Node '{filter_node.name}' is busy: {parent.describe()} uses it")
+                raise InUse(
+                    f"Node '{filter_node.name}' is busy: {parent.parent.describe_parent()} uses it"
+                )
         edge = filter_node.file
         assert edge is not None, "a filter has a filtered child"
         self.replace(filter_node, edge.node)
@@ -216,6 +275,61 @@ class Graph:
             raise
 
 
+class _Resizer:
+    """Who holds a node while it is resized."""
+
+    def describe_parent(self) -> str:
+        return "an unnamed block device"
+
+    def child_attached(self, edge: Child) -> None: ...
+
+    def child_detached(self, edge: Child) -> None: ...
+
+    def drained_begin(self) -> None: ...
+
+    def drained_end(self) -> None: ...
+
+    def is_idle(self) -> bool:
+        return True
+
+    async def wait_idle(self) -> None: ...
+
+
+def above(*nodes: Node) -> list[Node]:
+    """Return the nodes and all nodes above them, children before parents."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        if node in seen:
+            return
+        seen.add(node)
+        for edge in node.parents:
+            if isinstance(edge.parent, Node):
+                visit(edge.parent)
+        order.append(node)
+
+    for node in nodes:
+        visit(node)
+    order.reverse()
+    return order
+
+
+def check_bitmaps_idle(nodes: Iterable[Node]) -> None:
+    """Check that no bitmap of the nodes is busy, so that they may be resized.
+
+    Raises:
+        InUse: One is.
+    """
+    for node in nodes:
+        for bitmap in node.bitmaps.values():
+            if bitmap.busy:
+                raise InUse(
+                    f"Bitmap '{bitmap.name}' of node '{node.name}' is currently in use by another "
+                    "operation and cannot be used"
+                )
+
+
 class GraphChange:
     """Edge changes that are done together: made at once, checked at `commit`, or all undone.
 
@@ -232,9 +346,7 @@ class GraphChange:
             CommandError: It would close a cycle.
         """
         if isinstance(edge.parent, Node) and edge.parent in permissions.topological([edge.node]):
-            raise CommandError(
-                f"Making '{edge.node.name}' a child of '{edge.parent.name}' would create a cycle"
-            )
+            raise _cycle(edge.node, edge.name, edge.parent)
         _link(edge)
         self._undo.append(lambda: _unlink(edge))
 
@@ -254,23 +366,32 @@ class GraphChange:
         Raises:
             CommandError: It is frozen, or the result has a cycle.
         """
-        _check_not_frozen(edge)
-        old = edge.node
-        if isinstance(edge.parent, Node) and edge.parent in permissions.topological([node]):
-            raise CommandError(
-                f"Making '{node.name}' a child of '{edge.parent.name}' would create a cycle"
-            )
+        self.repoint_all([(edge, node)])
 
-        def lead_to(target: Node) -> None:
-            # One drain more in between, so that a parent between two drained nodes stays quiet.
-            edge.parent.drained_begin()
-            _unlink(edge)
-            edge.node = target
-            _link(edge)
-            edge.parent.drained_end()
+    def repoint_all(self, moves: Iterable[tuple[Child, Node]]) -> None:
+        """Make edges lead to other nodes, all at once: only the graph at the end may have no cycle.
 
-        lead_to(node)
-        self._undo.append(lambda: lead_to(old))
+        Raises:
+            CommandError: One is frozen, or the result has a cycle. None has changed.
+        """
+        moves = list(moves)
+        for edge, _ in moves:
+            _check_not_frozen(edge)
+        _check_no_cycle(dict(moves))
+        back = [(edge, edge.node) for edge, _ in moves]
+        _lead_to(moves)
+        self._undo.append(lambda: _lead_to(back))
+
+    def set_role(self, edge: Child, role: Role) -> None:
+        """Change what an edge is for; PRIMARY and COW stay as they are."""
+        old = edge.role
+        assert not (old ^ role) & (Role.PRIMARY | Role.COW), "the child would become another one"
+        edge.role = role
+
+        def put_back() -> None:
+            edge.role = old
+
+        self._undo.append(put_back)
 
     def commit(self, nodes: Iterable[Node]) -> None:
         """Check the permissions of the final graph and keep the change.
@@ -294,6 +415,45 @@ class GraphChange:
             self._undo.pop()()
 
 
+def _lead_to(moves: Sequence[tuple[Child, Node]]) -> None:
+    # One drain more in between, so that a parent between two drained nodes stays quiet.
+    for edge, _ in moves:
+        edge.parent.drained_begin()
+    for edge, _ in moves:
+        _unlink(edge)
+    for edge, node in moves:
+        edge.node = node
+        _link(edge)
+    for edge, _ in moves:
+        edge.parent.drained_end()
+
+
+def _check_no_cycle(moves: dict[Child, Node]) -> None:
+    """Check that edges may lead elsewhere.
+
+    Raises:
+        CommandError: One of them would be on a cycle.
+    """
+
+    def reaches(node: Node, wanted: Parent, seen: set[Node]) -> bool:
+        if node is wanted:
+            return True
+        if node in seen:
+            return False
+        seen.add(node)
+        return any(reaches(moves.get(edge, edge.node), wanted, seen) for edge in node.children)
+
+    for edge, node in reversed(moves.items()):
+        if isinstance(edge.parent, Node) and reaches(node, edge.parent, set()):
+            raise _cycle(node, edge.name, edge.parent)
+
+
+def _cycle(node: Node, name: str, parent: Node) -> CommandError:
+    return CommandError(
+        f"Making '{node.name}' a {name} child of '{parent.name}' would create a cycle"
+    )
+
+
 def _link(edge: Child) -> None:
     edge.node.parents.append(edge)
     edge.parent.child_attached(edge)
@@ -308,8 +468,14 @@ def _unlink(edge: Child) -> None:
     edge.node.parents.remove(edge)
 
 
+def _check_unused(node: Node) -> None:
+    if node.parents:
+        user = node.parents[0].parent.describe_parent()
+        raise InUse(f"Node '{node.name}' is busy: {user} uses it")
+
+
 def _stays_at_node(edge: Child) -> bool:
-    return isinstance(edge.parent, Node) and edge.parent.driver.stays_at_node
+    return edge.stays or (isinstance(edge.parent, Node) and edge.parent.driver.stays_at_node)
 
 
 def _check_not_frozen(edge: Child) -> None:

@@ -19,15 +19,21 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING
 
-from nbdfleece.base.errors import IoError
+from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.limits import ZERO_PIECE
+from nbdfleece.block.accounting import CountedVerbs
 from nbdfleece.block.child import Child, Role
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nbdfleece.base.extent import Extent
+    from nbdfleece.block.accounting import Accounting
     from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.driver import Driver
+    from nbdfleece.block.registry import NodeSpec
     from nbdfleece.datapath.fileio import FileIo
+    from nbdfleece.datapath.route import IoVerbs
 
 _ZEROES = memoryview(bytes(ZERO_PIECE))
 
@@ -38,6 +44,8 @@ class Node:
     Attributes:
         name: Node name, unique in its graph.
         driver: Its behaviour; never shared.
+        verbs: Reading and writing verbs of the driver, or what counts them; requests use these.
+        accounting: Where `verbs` counts, if it does.
         size: Bytes; set when the driver has been opened.
         read_only: No parent may write.
         discard_enabled: Discards are handed to the driver (`discard=unmap`).
@@ -48,6 +56,11 @@ class Node:
         bitmaps: Dirty bitmaps by name; anonymous ones under a unique private name.
         in_flight: See N3.
         owned_by_monitor: Named by the user; stays when the last parent goes.
+        goes_with_parent: Made as part of its parent; goes when its last parent does.
+        is_implicit: A filter that the user did not ask for; a parent's options look through it.
+        spec: The options in force, of a node made from options; None of others.
+        write_threshold: The first write that ends behind this many bytes is told of; 0: none is.
+        threshold_exceeded: Told of that write: (the node, bytes by which it exceeds).
     """
 
     def __init__(
@@ -55,6 +68,8 @@ class Node:
     ) -> None:
         self.name = name
         self.driver = driver
+        self.verbs: IoVerbs = driver
+        self.accounting: Accounting | None = None
         self.size = 0
         self.read_only = read_only
         self.discard_enabled = discard_enabled
@@ -65,6 +80,11 @@ class Node:
         self.bitmaps: dict[str, DirtyBitmap] = {}
         self.in_flight = 0
         self.owned_by_monitor = False
+        self.goes_with_parent = False
+        self.is_implicit = False
+        self.spec: NodeSpec | None = None
+        self.write_threshold = 0
+        self.threshold_exceeded: Callable[[Node, int], None] | None = None
         self._drains = 0
         self._idle_waiters: list[asyncio.Future[None]] = []
         driver.node = self
@@ -140,6 +160,14 @@ class Node:
                 self._idle_waiters.append(waiter)
                 await waiter
 
+    def account(self, accounting: Accounting | None) -> None:
+        """Count requests from now on; None: no more. Whoever has kept `verbs` asks for them again.
+
+        Not a change of the graph: requests go the same way before and after.
+        """
+        self.accounting = accounting
+        self.verbs = self.driver if accounting is None else CountedVerbs(self.driver, accounting)
+
     # --- requests --------------------------------------------------------------------------
 
     def enter(self) -> None:
@@ -157,7 +185,7 @@ class Node:
 
     def plain_file(self) -> FileIo | None:
         """Return the open file, when using it directly is the same as using this node."""
-        if self.bitmaps or self.read_only:
+        if self.bitmaps or self.read_only or self.write_threshold or self.accounting:
             return None
         return self.driver.plain_file()
 
@@ -166,7 +194,7 @@ class Node:
 
         The caller has checked the range. Nothing is counted: the read is over when this returns.
         """
-        return self.driver.read_now(offset, view)
+        return self.verbs.read_now(offset, view)
 
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes at `offset`.
@@ -183,7 +211,7 @@ class Node:
         self._check_range("read", offset, len(view))
         self.in_flight += 1
         try:
-            await self.driver.read(offset, view)
+            await self.verbs.read(offset, view)
         finally:
             self.leave()
 
@@ -201,9 +229,11 @@ class Node:
         Cancel: not cancelled.
         """
         self._check_write("write", offset, len(data))
+        if self.write_threshold:
+            self._check_threshold(offset + len(data))
         self.in_flight += 1
         try:
-            await self.driver.write(offset, data, fua=fua)
+            await self.verbs.write(offset, data, fua=fua)
         finally:
             if self.bitmaps:
                 self._mark(offset, len(data))
@@ -220,10 +250,12 @@ class Node:
         Cancel: not cancelled.
         """
         self._check_write("write zeroes", offset, length)
+        if self.write_threshold:
+            self._check_threshold(offset + length)
         self.in_flight += 1
         try:
             try:
-                await self.driver.write_zeroes(
+                await self.verbs.write_zeroes(
                     offset,
                     length,
                     fua=fua,
@@ -252,7 +284,7 @@ class Node:
         try:
             # A filter must see even a discard that the node below will ignore.
             if self.discard_enabled or self.driver.is_filter:
-                await self.driver.discard(offset, length)
+                await self.verbs.discard(offset, length)
         finally:
             if self.bitmaps:
                 self._mark(offset, length)
@@ -265,7 +297,7 @@ class Node:
         """
         self.in_flight += 1
         try:
-            await self.driver.flush()
+            await self.verbs.flush()
         finally:
             self.leave()
 
@@ -292,6 +324,26 @@ class Node:
             return await self.driver.allocation_depth(offset, length)
         finally:
             self.leave()
+
+    # --- size ------------------------------------------------------------------------------
+
+    async def truncate(self, size: int) -> None:
+        """Make the node, and what it stands on, longer by zeroes or shorter; see Graph.resize.
+
+        Raises:
+            CommandError: It cannot be resized. Nothing has changed.
+            IoError: It failed; the old size is still told.
+        """
+        if self.read_only:
+            raise CommandError("Image is read-only")
+        await self.driver.truncate(size)
+        self.resized(size)
+
+    def resized(self, size: int) -> None:
+        """Learn the new size; bitmaps follow. In a drained section, and no bitmap is busy."""
+        self.size = size
+        for bitmap in self.bitmaps.values():
+            bitmap.resize(size)
 
     # --- points in time (snapshot-access reads through these) ----------------------------------
 
@@ -334,6 +386,13 @@ class Node:
         if offset < 0 or length <= 0 or length > self.size - offset:
             raise IoError(errno.ENOSPC, f"node '{self.name}': {verb} of {length} bytes at {offset}")
 
+    def _check_threshold(self, end: int) -> None:
+        """Tell of the first write behind the threshold, and of no further one."""
+        exceeded = end - self.write_threshold
+        if exceeded > 0 and self.threshold_exceeded is not None:
+            self.threshold_exceeded(self, exceeded)
+            self.write_threshold = 0
+
     def _mark(self, offset: int, length: int) -> None:
         for bitmap in self.bitmaps.values():
             bitmap.mark(offset, length)
@@ -342,5 +401,5 @@ class Node:
         end = offset + length
         while offset < end:
             piece = min(ZERO_PIECE, end - offset)
-            await self.driver.write(offset, _ZEROES[:piece], fua=fua)
+            await self.verbs.write(offset, _ZEROES[:piece], fua=fua)
             offset += piece

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from nbdfleece.base.errors import CommandError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from nbdfleece.block.child import Child
     from nbdfleece.block.node import Node
@@ -69,11 +69,12 @@ def cumulative(node: Node) -> tuple[int, int]:
     return perm, shared
 
 
-def refresh(nodes: Iterable[Node]) -> None:
+def refresh(nodes: Iterable[Node], check: Callable[[], None] | None = None) -> None:
     """Recompute the permissions of all edges below `nodes`.
 
     Args:
         nodes: The nodes whose parents have changed or were given other permissions.
+        check: Called when the edges have their new permissions; may refuse them by a CommandError.
 
     Raises:
         CommandError: Two parents of a node conflict, a read-only node would be written, or a
@@ -91,6 +92,8 @@ def refresh(nodes: Iterable[Node]) -> None:
             for edge in node.children:
                 before.append((edge, edge.perm, edge.shared))
                 edge.perm, edge.shared = node.driver.child_permissions(edge, perm, shared)
+        if check is not None:
+            check()
     except CommandError:
         for edge, perm, shared in reversed(before):
             edge.perm, edge.shared = perm, shared
@@ -101,15 +104,27 @@ def refresh(nodes: Iterable[Node]) -> None:
         node.driver.set_permissions(*cumulative(node))
 
 
+class ReadOnlyNode(CommandError):
+    """Somebody would write a node that is read-only."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(f"Block node '{node.name}' is read-only")
+        self.node = node
+
+
+def conflict(node: Node, denied: int, needing: str, refusing: Child) -> CommandError:
+    """Return the error for permissions on `node` that one needs and another does not share."""
+    return CommandError(
+        f"Permission conflict on node '{node.name}': permissions '{', '.join(names(denied))}' "
+        f"are both required by {needing} and unshared by {refusing.describe()}."
+    )
+
+
 def _check_conflicts(node: Node, perm: int) -> None:
     if perm & (WRITE | WRITE_UNCHANGED) and node.read_only:
-        raise CommandError(f"Block node '{node.name}' is read-only")
+        raise ReadOnlyNode(node)
     for needing in node.parents:
         for refusing in node.parents:
             denied = needing.perm & ~refusing.shared
             if denied and needing is not refusing:
-                raise CommandError(
-                    f"Conflicts with use by {refusing.describe()} on node '{node.name}': "
-                    f"{needing.describe()} needs '{', '.join(names(denied))}', "
-                    "which the other does not share"
-                )
+                raise conflict(node, denied, needing.describe(), refusing)

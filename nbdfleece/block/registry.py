@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from nbdfleece.base.errors import CommandError
+from nbdfleece.base.errors import CommandError, NotFound
+from nbdfleece.base.keyval import Spelled
 from nbdfleece.base.units import GiB
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.child import Role
@@ -37,6 +38,7 @@ from nbdfleece.block.drivers.nbd.target import InetServer, UnixServer, make_targ
 from nbdfleece.block.drivers.null import NullDriver
 from nbdfleece.block.drivers.raw import RawDriver
 from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
+from nbdfleece.block.drivers.throttle import ThrottleDriver
 
 if TYPE_CHECKING:
     from nbdfleece.block.bitmap import DirtyBitmap
@@ -60,6 +62,8 @@ class NodeSpec:
         driver: A name of the registry.
         read_only: No parent may write.
         discard: Discards are handed to the driver.
+        direct: Bypass the page cache.
+        given: Names of the driver's own options that were given.
         driver_options: Every option of the driver that was given or has a default, by QMP name.
         children: Inline nodes, or names of existing ones, by child name.
         roles: Of the same children.
@@ -70,6 +74,8 @@ class NodeSpec:
     driver: str
     read_only: bool
     discard: bool
+    direct: bool
+    given: frozenset[str]
     driver_options: Mapping[str, object]
     children: Mapping[str, NodeSpec | str]
     roles: Mapping[str, Role]
@@ -81,13 +87,18 @@ def drivers() -> list[str]:
     return sorted(_DRIVERS)
 
 
-def parse_node_options(options: Mapping[str, object]) -> NodeSpec:
+def parse_node_options(options: Mapping[str, object], path: str = "") -> NodeSpec:
     """Check the options of a node and of its inline children.
+
+    Args:
+        options: As given.
+        path: Where they are, for errors: empty, or ending in a dot.
 
     Raises:
         CommandError: The driver is unknown, or a parameter is missing, unexpected or bad.
     """
-    return _parse(Options(options, "", inherited=_Inherited(read_only=False, direct=False)))
+    inherited = _Inherited(read_only=False, direct=False, discard=_Discard.IGNORE)
+    return _parse(Options(options, path, inherited))
 
 
 async def add_from_options(graph: Graph, options: Mapping[str, object]) -> Node:
@@ -111,6 +122,8 @@ async def add_from_options(graph: Graph, options: Mapping[str, object]) -> Node:
         for child in reversed(made):
             await graph.remove(child)
         raise
+    for child in made[:-1]:
+        child.goes_with_parent = True
     node.owned_by_monitor = True
     return node
 
@@ -118,7 +131,12 @@ async def add_from_options(graph: Graph, options: Mapping[str, object]) -> Node:
 async def _add(graph: Graph, spec: NodeSpec, made: list[Node]) -> Node:
     children: dict[str, tuple[Node, Role]] = {}
     for name, child in spec.children.items():
-        found = graph.find(child) if isinstance(child, str) else await _add(graph, child, made)
+        if isinstance(child, str):
+            found = graph.get(child)
+            if found is None:
+                raise NotFound(f"Cannot find device='{child}' nor node-name='{child}'")
+        else:
+            found = await _add(graph, child, made)
         children[name] = (found, spec.roles[name])
     node = await graph.add(
         spec.node_name,
@@ -127,11 +145,17 @@ async def _add(graph: Graph, spec: NodeSpec, made: list[Node]) -> Node:
         read_only=spec.read_only,
         discard_enabled=spec.discard,
     )
+    node.spec = spec
     made.append(node)
     return node
 
 
 # --- reading options --------------------------------------------------------------------------
+
+
+class _Discard(enum.Enum):
+    IGNORE = "ignore"
+    UNMAP = "unmap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +164,7 @@ class _Inherited:
 
     read_only: bool
     direct: bool
+    discard: _Discard
 
 
 class Options:
@@ -171,6 +196,10 @@ class Options:
         """Tell whether the parameter was given and has not been taken."""
         return name in self._left
 
+    def left(self) -> frozenset[str]:
+        """Return the names of the parameters that were given and have not been taken."""
+        return frozenset(self._left)
+
     def require(self, name: str) -> None:
         """Insist on a parameter.
 
@@ -198,6 +227,8 @@ class Options:
     def boolean(self, name: str, *, default: bool) -> bool:
         """Take a truth value."""
         value = self._take(name, default)
+        if isinstance(value, Spelled):
+            self.taken[name] = value = value.boolean(self.path + name)
         if not isinstance(value, bool):
             raise self.wrong_type(name, "boolean")
         return value
@@ -207,6 +238,8 @@ class Options:
         value = self._take(name, default)
         if value is None and default is None:
             return None
+        if isinstance(value, Spelled):
+            self.taken[name] = value = value.integer(self.path + name)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.wrong_type(name, "integer")
         if not 0 <= value < 1 << bits:
@@ -225,7 +258,10 @@ class Options:
 
     def only(self, name: str, accepted: object) -> None:
         """Take a parameter that may be given, and has one value that is built."""
-        if self._take(name, accepted) != accepted:
+        value = self._take(name, accepted)
+        if isinstance(value, Spelled) and isinstance(accepted, bool):
+            value = value.boolean(self.path + name)
+        if value != accepted:
             raise CommandError(f"Parameter '{self.path}{name}' has no other value here yet")
 
     def value(self, name: str) -> object:
@@ -268,7 +304,7 @@ class Options:
         if isinstance(value, str):
             self.children[name] = value
         elif isinstance(value, Mapping):
-            inherited = _Inherited(read_only=self.read_only, direct=self.direct)
+            inherited = _Inherited(self.read_only, self.direct, _Discard.UNMAP)
             self.children[name] = _parse(Options(value, f"{self.path}{name}.", inherited))
         else:
             raise self.wrong_type(name, "BlockdevRef")
@@ -305,11 +341,6 @@ class Options:
         return list(value)
 
 
-class _Discard(enum.Enum):
-    IGNORE = "ignore"
-    UNMAP = "unmap"
-
-
 def _parse(options: Options) -> NodeSpec:
     driver = options.required_string("driver")
     read_options = _DRIVERS.get(driver)
@@ -317,7 +348,7 @@ def _parse(options: Options) -> NodeSpec:
         raise options.not_accepted("driver", driver)
     node_name = options.string("node-name")
     options.read_only = options.boolean("read-only", default=options.inherited.read_only)
-    discard = options.choice("discard", _Discard.UNMAP if options.path else _Discard.IGNORE)
+    discard = options.choice("discard", options.inherited.discard)
     cache = options.mapping("cache")
     if cache is not None:
         options.direct = cache.boolean("direct", default=options.direct)
@@ -327,6 +358,7 @@ def _parse(options: Options) -> NodeSpec:
     options.only("force-share", accepted=False)
     options.only("detect-zeroes", accepted="off")
     options.taken.clear()  # the rest is the driver's own
+    given = options.left()
     build = read_options(options)
     options.finish()
     return NodeSpec(
@@ -334,6 +366,8 @@ def _parse(options: Options) -> NodeSpec:
         driver=driver,
         read_only=options.read_only,
         discard=discard is _Discard.UNMAP,
+        direct=options.direct,
+        given=given - options.children.keys(),
         driver_options=MappingProxyType(options.taken),
         children=MappingProxyType(options.children),
         roles=MappingProxyType(options.roles),
@@ -504,6 +538,16 @@ def _snapshot_access(options: Options) -> Build:
     return lambda _graph: SnapshotAccess()
 
 
+def _throttle(options: Options) -> Build:
+    name = options.required_string("throttle-group")
+    options.child("file", Role.FILTERED | Role.PRIMARY)
+
+    def build(graph: Graph) -> Driver:
+        return ThrottleDriver(graph.throttle_groups, graph.throttle_groups.find(name))
+
+    return build
+
+
 _DRIVERS: Final[Mapping[str, Callable[[Options], Build]]] = MappingProxyType(
     {
         "blkdebug": _blkdebug,
@@ -514,5 +558,6 @@ _DRIVERS: Final[Mapping[str, Callable[[Options], Build]]] = MappingProxyType(
         "null-co": _null,
         "raw": _raw,
         "snapshot-access": _snapshot_access,
+        "throttle": _throttle,
     }
 )

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from nbdfleece.base import limits
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.units import MiB
-from nbdfleece.block.drivers.nbd import links
+from nbdfleece.block.drivers.nbd import links, unflushed
 from nbdfleece.block.drivers.nbd.driver import NbdDriver
 from nbdfleece.block.drivers.nbd.target import ClientTls
 from nbdfleece.block.graph import Graph
@@ -21,10 +22,13 @@ from nbdfleece.block.node import Node
 from nbdfleece.datapath.step import background
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.protocol.nbd import wire
+from nbdfleece.server.export import ExportOptions
 from tests.support import nbd_peers
 from tests.support.driver_kit import fails, make_image, open_descriptors, read, remove_all
+from tests.support.memory import MemoryDriver
 from tests.support.nbd_peers import OPEN_S, Peer, add, scripted, upstream, upstream_tcp
 from tests.support.nbd_script import Backend, export
+from tests.support.nbd_server import Served, serving
 from tests.support.pki import Pki
 from tests.support.waiting import until
 
@@ -660,3 +664,145 @@ async def test_bad_credentials_are_told_by_file(graph: Graph, tmp_path: Path, pk
             (folder / "ca-cert.pem").write_text("no certificate")
         with pytest.raises(CommandError, match=text):
             await add(graph, upstream("/nowhere", tls=ClientTls(str(folder), "x")))
+
+
+# --- a server that loses what it has not flushed -------------------------------------------------
+
+
+class Volatile(MemoryDriver):
+    """A disk that a power failure takes back to what was flushed."""
+
+    def __init__(self, data: bytearray) -> None:
+        super().__init__(data)
+        self.durable = bytes(data)
+
+    async def flush(self) -> None:
+        await super().flush()
+        self.durable = bytes(self.data)
+
+
+@asynccontextmanager
+async def volatile(folder: Path) -> AsyncIterator[tuple[Served, Volatile]]:
+    async with serving(folder) as served:
+        disk = Volatile(bytearray(MiB))
+        node = await served.add_node(disk)
+        served.exports.add(node, ExportOptions("v", "v", writable=True, description=""))
+        yield served, disk
+
+
+async def crash(served: Served, disk: Volatile) -> None:
+    """A power failure."""
+    disk.data[:] = disk.durable
+    there = list(served.server.sessions.values())
+    for session in there:
+        session.abort("the test says so")
+    await until(lambda: not any(session.id in served.server.sessions for session in there))
+
+
+@pytest.mark.parametrize("fua", [False, True])
+async def test_what_was_acknowledged_survives_a_server_that_loses_it(
+    graph: Graph, short_tmp: Path, fua: bool
+) -> None:
+    """Repeated in order, and before anything else is asked of the server."""
+    async with volatile(short_tmp) as (served, disk):
+        node = await add(graph, upstream(served.path, "v", reconnect_s=OPEN_S))
+        await node.write(0, memoryview(b"durable"), fua=False)
+        await node.flush()
+        await node.write(2, memoryview(b"first"), fua=False)
+        await node.write(4, memoryview(b"second"), fua=fua)
+        await node.write_zeroes(8, 4, fua=False, may_unmap=True, no_fallback=False)
+        await node.discard(4096, 4096)
+        expected = await read(node, 0, 8192)
+        assert expected[:12] == b"dufisecond\0\0"[:8] + bytes(4)
+
+        await crash(served, disk)
+        assert await read(node, 0, 8192) == expected
+        await crash(served, disk)
+        await node.flush()
+        assert disk.durable[:8192] == expected
+        driver_of(node).yank()
+
+
+async def test_a_history_over_crashes_that_lose_data(
+    graph: Graph, short_tmp: Path, rng: random.Random
+) -> None:
+    async with volatile(short_tmp) as (served, disk):
+        node = await add(graph, upstream(served.path, "v", reconnect_s=OPEN_S))
+        model = bytearray(disk.data)
+        for _ in range(150):
+            offset = rng.randrange(node.size - 5000)
+            length = 1 + rng.randrange(5000)
+            kind = rng.randrange(10)
+            if kind == 0:
+                await crash(served, disk)
+            elif kind == 1:
+                await node.flush()
+                assert disk.durable == model
+            elif kind == 2:
+                await node.write_zeroes(
+                    offset, length, fua=False, may_unmap=False, no_fallback=False
+                )
+                model[offset : offset + length] = bytes(length)
+            elif kind < 7:
+                data = rng.randbytes(length)
+                await node.write(offset, memoryview(data), fua=False)
+                model[offset : offset + length] = data
+            else:
+                assert await read(node, offset, length) == model[offset : offset + length]
+        driver_of(node).yank()
+
+
+async def test_server_that_does_not_take_the_repetition_is_not_used(
+    graph: Graph, short_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = Backend(export(flags=PLAIN))
+    async with backend.serving(short_tmp / "s"):
+        node = await add(graph, upstream(short_tmp / "s", reconnect_s=OPEN_S))
+        await node.write(0, memoryview(b"abcd"), fua=False)
+        backend.error = (c.NBD_ENOSPC, b"full")
+        driver_of(node)._links._up[0]._lose("the test says so")
+        await until(lambda: "does not take" in caplog.text)
+        assert connections(node) == 0
+        backend.error = None
+        await node.flush()
+        wanted = (c.NBD_CMD_WRITE, 0, 0, 4)
+        flush = (c.NBD_CMD_FLUSH, 0, 0, 0)
+        assert backend.requests[-3:] == [wanted, flush, flush]
+
+
+async def test_what_is_kept_for_repetition_is_bounded(
+    graph: Graph, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By flushes of our own; one that fails is told to whom it was for, at the next flush too."""
+    monkeypatch.setattr(unflushed, "NBD_UNFLUSHED_BYTES", 1000)
+    backend = Backend(export(flags=PLAIN))
+    async with backend.serving(short_tmp / "s"):
+        node = await add(graph, upstream(short_tmp / "s", reconnect_s=OPEN_S))
+        for _ in range(10):
+            await node.write(0, memoryview(bytes(300)), fua=False)
+        flushes = [each for each in backend.requests if each[0] == c.NBD_CMD_FLUSH]
+        assert len(flushes) == 2
+        for _ in range(2):
+            await node.write(0, memoryview(bytes(100)), fua=False)
+        backend.errors = {c.NBD_CMD_FLUSH: (c.NBD_EIO, b"")}
+        assert await fails(background(node.write(0, memoryview(bytes(900)), fua=False))) == EIO
+        backend.errors = {}
+        assert await fails(background(node.flush())) == EIO
+        await node.flush()
+
+
+async def test_no_connection_joins_those_of_a_server_that_is_gone(
+    graph: Graph, short_tmp: Path
+) -> None:
+    """It may be to the next server; then what the one before has acknowledged would be missing."""
+    backend = Backend(export(flags=MULTI), silent={c.NBD_CMD_READ})
+    async with backend.serving(short_tmp / "s"):
+        node = await add(graph, upstream(short_tmp / "s", reconnect_s=OPEN_S))
+        await node.write(0, memoryview(b"abcd"), fua=False)
+        await until(lambda: c.NBD_CMD_READ in [each[0] for each in backend.requests])
+        assert connections(node) == 1  # the first is asked whether it still is there
+        driver_of(node)._links._up[0]._lose("the test says so")
+        backend.silent.clear()
+        await until(lambda: connections(node) == limits.NBD_CONNECTIONS)
+        written = [each for each in backend.requests if each[0] == c.NBD_CMD_WRITE]
+        assert len(written) == 2

@@ -50,6 +50,7 @@ def test_every_driver_has_a_name() -> None:
         "null-co",
         "raw",
         "snapshot-access",
+        "throttle",
     ]
 
 
@@ -329,7 +330,7 @@ async def test_the_root_needs_a_name(graph: Graph) -> None:
         ),
         (
             {"driver": "raw", "file": "nobody"},
-            "Cannot find device='' nor node-name='nobody'",
+            "Cannot find device='nobody' nor node-name='nobody'",
         ),
         (
             {

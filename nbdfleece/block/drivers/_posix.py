@@ -6,7 +6,9 @@ how they zero and discard, and a forward for every other verb in both would say 
 Invariants
   P1  The kind of file is checked on the open descriptor, not only on its name.
   P2  The size is exact, and found once.
-  P3  What a file system or device cannot do is asked of it once, and then remembered.
+  P3  The image locks stay with the descriptor on which they were taken, until the node is closed:
+      a descriptor that is opened for other options finds our own locks in its way.
+  P4  What a file system or device cannot do is asked of it once, and then remembered.
 
 Follows: QEMU block/file-posix.c.
 """
@@ -22,14 +24,14 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdfleece.base.errors import CommandError, IoError
-from nbdfleece.block.driver import Driver
+from nbdfleece.block.driver import Driver, Reopening
 from nbdfleece.block.drivers._direct import MIN_ALIGNMENT, DirectFile, probe
 from nbdfleece.block.drivers.locks import ImageLocks, Locking, can_lock
 from nbdfleece.datapath.fileio import FileIo
 from nbdfleece.datapath.workers import Lane
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable, Iterable
 
 _BLKSSZGET: Final = 0x1268  # <linux/fs.h>
 _INT: Final = struct.Struct("@i")
@@ -48,6 +50,18 @@ class OpenImage(NamedTuple):
     is_all_hole: bool
 
 
+class _InForce(NamedTuple):
+    """What requests go through."""
+
+    io: FileIo
+    direct: DirectFile | None
+    cache_direct: bool
+
+    def fds(self) -> set[int]:
+        """Return its descriptors."""
+        return {self.io.fd} if self.direct is None else {self.io.fd, self.direct.fd}
+
+
 class PosixDriver(Driver):
     """An image that the kernel knows by a name.
 
@@ -64,7 +78,9 @@ class PosixDriver(Driver):
         self._io: FileIo | None = None
         self._direct: DirectFile | None = None
         self._locks: ImageLocks | None = None
-        self._cannot: set[str] = set()  # P3: names of operations
+        self._locked_fd = -1  # P3
+        self._spare: _InForce | None = None  # of a reopening: what is not in force
+        self._cannot: set[str] = set()  # P4: names of operations
 
     # --- what the concrete drivers say -----------------------------------------------------
 
@@ -86,58 +102,124 @@ class PosixDriver(Driver):
 
         Cancel: not cancelled.
         """
+        image = await self._open_in_time(
+            lambda: self._open(read_only=self.node.read_only, direct=self._cache_direct),
+            direct=self._cache_direct,
+        )
+        opened = self._in_force(image, cache_direct=self._cache_direct)
+        self._io, self._direct = opened.io, opened.direct
+        if image.has_locks:
+            self._locks = ImageLocks(image.fd, self.filename)
+            self._locked_fd = image.fd
+        self.image_opened(image)
+        return image.size
+
+    async def _open_in_time(self, call: Callable[[], OpenImage], *, direct: bool) -> OpenImage:
         lane = Lane(f"opening {self.filename}", 1)  # a dead network file system may keep it
         try:
-            image = await lane.submit(self._open)
+            return await lane.submit(call)
         except OSError as error:
             reason = os.strerror(error.errno or errno.EIO)
-            if self._cache_direct and error.errno == errno.EINVAL:
+            if direct and error.errno == errno.EINVAL:
                 reason += " (its file system may not support O_DIRECT)"
             raise CommandError(f"Could not open '{self.filename}': {reason}") from error
         except ValueError as error:  # a zero byte, or no valid text
             raise CommandError(f"Could not open {self.filename!a}: not a file name") from error
         finally:
             lane.close()
-        self._io = FileIo(image.fd, self.filename, readable_now=not self._cache_direct)
-        if image.direct_fd >= 0:
-            self._direct = DirectFile(
-                image.direct_fd, self._io, alignment=max(MIN_ALIGNMENT, image.block)
-            )
-        if image.has_locks:
-            self._locks = ImageLocks(image.fd, self.filename)
-        self.image_opened(image)
-        return image.size
+
+    def _in_force(self, image: OpenImage, *, cache_direct: bool) -> _InForce:
+        io = FileIo(image.fd, self.filename, readable_now=not cache_direct)
+        if image.direct_fd < 0:
+            return _InForce(io, None, cache_direct)
+        alignment = max(MIN_ALIGNMENT, image.block)
+        return _InForce(io, DirectFile(image.direct_fd, io, alignment=alignment), cache_direct)
 
     async def close(self) -> None:
         """Close the image, which drops its locks; see Driver.close."""
-        io, direct = self._opened(), self._direct
-        fds = [io.fd] if direct is None else [io.fd, direct.fd]
+        closing = _InForce(self._opened(), self._direct, self._cache_direct)
+        fds = closing.fds() | ({self._locked_fd} if self._locked_fd >= 0 else set())
         self._io = self._direct = self._locks = None
         try:
-            await io.run(lambda: _close(fds), "close", 0, 0)
+            await closing.io.run(lambda: _close(fds), "close", 0, 0)
         finally:
-            io.close()
+            closing.io.close()
 
-    def _open(self) -> OpenImage:
-        """Open the image; in a thread, so nothing of ours changes. Nothing stays open on errors."""
-        access = os.O_CLOEXEC | (os.O_RDONLY if self.node.read_only else os.O_RDWR)
+    async def reopen_prepare(self, to: Reopening) -> None:
+        """Open the image in the other way, where that makes a difference.
+
+        Raises:
+            CommandError: It cannot be, or another file has its name now. Nothing has changed.
+        """
+        if (to.read_only, to.direct) == (self.node.read_only, self._cache_direct):
+            return
+        fd = self._opened().fd
+        image = await self._open_in_time(
+            lambda: self._open(read_only=to.read_only, direct=to.direct, same_as=fd),
+            direct=to.direct,
+        )
+        self._spare = self._in_force(image, cache_direct=to.direct)
+
+    def reopen_apply(self, to: Reopening) -> None:
+        """Send requests through what was opened; see Driver.reopen_apply."""
+        self._swap()
+
+    def reopen_undo(self) -> None:
+        """Send requests through what they went through before."""
+        self._swap()
+
+    def _swap(self) -> None:
+        if self._spare is not None:
+            spare, self._spare = (
+                self._spare,
+                _InForce(self._opened(), self._direct, self._cache_direct),
+            )
+            self._io, self._direct, self._cache_direct = spare
+
+    async def reopen_finish(self) -> None:
+        """Close what is not in force; see Driver.reopen_finish."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return
+        fds = spare.fds() - {self._locked_fd}
+        try:
+            await spare.io.run(lambda: _close(fds), "close", 0, 0)
+        finally:
+            spare.io.close()
+
+    def _open(self, *, read_only: bool, direct: bool, same_as: int = -1) -> OpenImage:
+        """Open the image; in a thread, so nothing of ours changes. Nothing stays open on errors.
+
+        Args:
+            read_only: Not for writing.
+            direct: Bypass the page cache.
+            same_as: A descriptor of ours of the same file, which has the locks; -1: there is none.
+        """
+        access = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
         self.check_kind(os.stat(self.filename).st_mode)  # opening a fifo would wait for ever
         fds = [os.open(self.filename, access)]
         try:
             fd = fds[0]
+            if same_as >= 0:
+                self._check_same(fd, same_as)
             mode = os.fstat(fd).st_mode
             self.check_kind(mode)
             size = os.lseek(fd, 0, os.SEEK_END)  # exact, also of a device
             block = _logical_block(fd) if stat.S_ISBLK(mode) else 1
-            if self._cache_direct:
+            if direct:
                 fds.append(os.open(self.filename, access | os.O_DIRECT))
                 self._check_direct(fd, fds[1], size, max(MIN_ALIGNMENT, block))
-            has_locks = self._locking is not Locking.OFF and self._find_locks(fd)
+            wants_locks = self._locking is not Locking.OFF and same_as < 0
+            has_locks = wants_locks and self._find_locks(fd)
         except BaseException:
             _close(fds)
             raise
-        direct_fd = fds[1] if self._cache_direct else -1
+        direct_fd = fds[1] if direct else -1
         return OpenImage(fd, direct_fd, size, block, has_locks, _is_all_hole(fd))
+
+    def _check_same(self, fd: int, before: int) -> None:
+        if not os.path.samestat(os.fstat(fd), os.fstat(before)):
+            raise CommandError(f"Could not open '{self.filename}': another file is there now")
 
     def _check_direct(self, fd: int, direct_fd: int, size: int, alignment: int) -> None:
         if not os.path.samestat(os.fstat(fd), os.fstat(direct_fd)):
@@ -208,6 +290,18 @@ class PosixDriver(Driver):
         """Return the open file, unless requests take another way than it (O_DIRECT)."""
         return None if self._cache_direct else self._io
 
+    def bypasses_cache(self) -> bool:
+        """Tell whether the file is open with O_DIRECT."""
+        return self._cache_direct
+
+    def image_name(self) -> str:
+        """Return the path."""
+        return self.filename
+
+    def image_options(self) -> dict[str, object]:
+        """Return driver and path; see Driver.image_options."""
+        return {"driver": self.name, "filename": self.filename}
+
     # --- for the concrete drivers ------------------------------------------------------------
 
     async def try_once(self, name: str, operation: Awaitable[None]) -> bool:
@@ -254,6 +348,6 @@ def _is_all_hole(fd: int) -> bool:
     return False
 
 
-def _close(fds: list[int]) -> None:
+def _close(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)

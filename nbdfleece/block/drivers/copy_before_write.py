@@ -52,7 +52,7 @@ from nbdfleece.base.limits import COPY_PIECE, MIN_CLUSTER
 from nbdfleece.base.notify import Notifier
 from nbdfleece.base.units import align_up, ceil_div, is_power_of_2
 from nbdfleece.block import permissions as perms
-from nbdfleece.block.driver import Driver
+from nbdfleece.block.driver import Driver, Reopening
 from nbdfleece.block.ranges import RangeList
 from nbdfleece.datapath.fileio import FileIo, Save, SaveError, SaveStates
 from nbdfleece.datapath.states import StateMap
@@ -102,6 +102,8 @@ class CopyBeforeWrite(Driver):
 
     name: ClassVar[str] = "copy-before-write"
     is_filter: ClassVar[bool] = True
+    changeable: ClassVar[frozenset[str]] = frozenset({"on-cbw-error", "cbw-timeout"})
+    repointable: ClassVar[frozenset[str]] = frozenset()  # another disk has another point in time
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class CopyBeforeWrite(Driver):
         self.broken: Notifier[IoError] = Notifier()
         self.saved: Notifier[int] = Notifier()
         self.saved_bytes = 0
+        self._before = (on_cbw_error, cbw_timeout_s)
         self._min_cluster_size = min_cluster_size
         self._bitmap = bitmap
         self._temp_limit = temp_limit
@@ -151,6 +154,25 @@ class CopyBeforeWrite(Driver):
             self._sample(self._bitmap, source.size)
             self._bitmap = None
         return source.size
+
+    async def truncate(self, size: int) -> None:
+        """Refuse: the point in time has the size that it has."""
+        raise CommandError(f"Node '{self.node.name}' preserves a point in time: it keeps its size")
+
+    def size_now(self) -> int:
+        """Return the size of the point in time; see Driver.size_now."""
+        return self.node.size
+
+    def reopen_apply(self, to: Reopening) -> None:
+        """Change what gives way, and when; see Driver.reopen_apply."""
+        self._before = (self.on_cbw_error, self.cbw_timeout_s)
+        timeout = to.options.get("cbw-timeout")
+        self.on_cbw_error = OnCbwError(to.options["on-cbw-error"])
+        self.cbw_timeout_s = float(timeout) if isinstance(timeout, int) and timeout else None
+
+    def reopen_undo(self) -> None:
+        """See Driver.reopen_undo."""
+        self.on_cbw_error, self.cbw_timeout_s = self._before
 
     def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:
         """See fleecing.md 1.7, and 6.1 number 12: nobody else may write the target.
@@ -416,13 +438,13 @@ class CopyBeforeWrite(Driver):
 
     async def _copy_data(self, offset: int, end: int) -> None:
         """Copy [offset, end), whole clusters, in pieces."""
-        source, target = self._source(), self._target()
+        target = self._target()
         while offset < end:
-            length = min(COPY_PIECE, end - offset)
+            # A cluster is settled as a whole, so it is copied as a whole.
+            length = min(max(COPY_PIECE, self._cluster), end - offset)
             buffer = bytearray(length)
             view = memoryview(buffer)
-            if not source.read_now(offset, view):
-                await source.read(offset, view)
+            await self._read_old(offset, view)
             for start, stop, is_zero in self._zero_runs(buffer):
                 if is_zero:
                     self._settle(offset + start, offset + stop, ALL_ZERO)
@@ -435,6 +457,11 @@ class CopyBeforeWrite(Driver):
                     raise
                 self._settle(offset + start, offset + stop, DONE)  # behind the write: B
             offset += length
+
+    async def _read_old(self, offset: int, view: memoryview) -> None:
+        source = self._source()
+        if not source.read_now(offset, view):
+            await source.read(offset, view)
 
     def _zero_runs(self, buffer: bytearray) -> list[tuple[int, int, bool]]:
         """Split old data into (start, stop, is_zero) runs of whole clusters."""

@@ -65,6 +65,10 @@ class FileDriver(PosixDriver):
         if fua:
             await io.sync()
 
+    async def truncate(self, size: int) -> None:
+        """Set the size of the file; see Driver.truncate."""
+        await self._opened().truncate(size)
+
     async def discard(self, offset: int, length: int) -> None:
         """Punch a hole, where there are holes; see Driver.discard."""
         if self.can_try("punch hole"):

@@ -20,7 +20,7 @@ from nbdfleece.base.errors import CommandError
 from nbdfleece.base.extent import Extent, clip
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.child import Child, Role
-from nbdfleece.block.driver import Driver
+from nbdfleece.block.driver import Driver, Reopening
 
 if TYPE_CHECKING:
     from nbdfleece.block.node import Node
@@ -35,8 +35,13 @@ class RawDriver(Driver):
     """
 
     name: ClassVar[str] = "raw"
+    changeable: ClassVar[frozenset[str]] = frozenset({"offset", "size"})
 
     def __init__(self, *, offset: int | None, size: int | None) -> None:
+        self._set_window(offset, size)
+        self._before = (self._has_window, self._offset, self._wanted_size)
+
+    def _set_window(self, offset: int | None, size: int | None) -> None:
         self._has_window = offset is not None or size is not None
         self._offset = offset or 0
         self._wanted_size = size
@@ -49,6 +54,10 @@ class RawDriver(Driver):
 
     async def open(self) -> int:
         """Check that the window lies in the child; see Driver.open."""
+        return self.size_now()
+
+    def size_now(self) -> int:
+        """Return the size of the window; see Driver.size_now."""
         whole = self._below().size
         if self._offset < 0 or (self._wanted_size or 0) < 0:
             raise CommandError("Offset and size of 'raw' cannot be negative")
@@ -65,6 +74,24 @@ class RawDriver(Driver):
                 f"smaller or equal to the actual size of the containing file ({whole})"
             )
         return self._wanted_size
+
+    async def truncate(self, size: int) -> None:
+        """Resize the child, unless the window has a size; see Driver.truncate."""
+        if self._wanted_size is not None:
+            raise CommandError("Cannot resize fixed-size raw disks")
+        await self._below().truncate(self._offset + size)
+
+    def reopen_apply(self, to: Reopening) -> None:
+        """Move the window; see Driver.reopen_apply."""
+        offset, size = to.options.get("offset"), to.options.get("size")
+        assert offset is None or isinstance(offset, int)
+        assert size is None or isinstance(size, int)
+        self._before = (self._has_window, self._offset, self._wanted_size)
+        self._set_window(offset, size)
+
+    def reopen_undo(self) -> None:
+        """Move the window back; see Driver.reopen_undo."""
+        self._has_window, self._offset, self._wanted_size = self._before
 
     def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:
         """Pass through; under a window nobody may resize.

@@ -27,6 +27,7 @@ class SnapshotAccess(Driver):
     name: ClassVar[str] = "snapshot-access"
     # The filter of a younger snapshot, put above ours, preserves another point in time.
     stays_at_node: ClassVar[bool] = True
+    can_reopen: ClassVar[bool] = False
 
     async def open(self) -> int:
         """Check that there is a point in time to access; see Driver.open."""
