@@ -1,0 +1,1 @@
+"""Long work on top of block: job states, pause points, speed; backup."""
