@@ -1,8 +1,8 @@
 """The daemon: builds the rooms, owns the top TaskGroup, and ends everything in order.
 
 The end, within --drain-timeout: no new connections; requests that have begun are finished; running
-commands too; snapshots are given up, disks flushed, nodes removed; files of ours removed. What does
-not end by then is abandoned, and the exit code says so.
+commands too; jobs are cancelled; snapshots are given up, disks flushed, nodes removed; files of
+ours removed. What does not end by then is abandoned, and the exit code says so.
 
 TLS of a listener, where `,tls=` does not say: without --tls-creds there is none. With them, TCP,
 vsock and other sockets that strangers may reach must have it, and unix sockets may: the kernel says
@@ -30,12 +30,14 @@ from nbdfleece.base.limits import MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, W
 from nbdfleece.block.graph import Graph
 from nbdfleece.control.command import Context, addresses, uris
 from nbdfleece.control.events import Events
+from nbdfleece.control.objects import Objects
 from nbdfleece.control.socket import Control
 from nbdfleece.datapath.poller import new_event_loop
 from nbdfleece.datapath.pump import PumpLimits
 from nbdfleece.fleece.fleece import Fleece
 from nbdfleece.fleece.location import Location, is_block_device, parse_location
 from nbdfleece.fleece.store import StateFolder
+from nbdfleece.jobs.manager import JobManager
 from nbdfleece.protocol.nbd.haggle import TlsMode
 from nbdfleece.server.addresses import (
     Address,
@@ -50,6 +52,7 @@ from nbdfleece.server.exports import Exports
 from nbdfleece.server.options import ServerOptions
 from nbdfleece.server.policy import Policy
 from nbdfleece.server.server import Server
+from nbdfleece.server.service import NbdService
 from nbdfleece.server.tls import TlsCredentials
 from nbdfleece.server.tokens import Tokens, clock
 
@@ -212,8 +215,9 @@ class Daemon:
         )
         async with asyncio.TaskGroup() as tasks, server:
             control = Control(self._settings.control, tasks)
+            jobs = JobManager(tasks)
             try:
-                fleece = await self._start(plan, server, control)
+                fleece = await self._start(plan, server, control, jobs)
             except NbdfleeceError as error:
                 self.failure = error
                 await control.stop(timeout_s=0)
@@ -221,12 +225,14 @@ class Daemon:
                 self._watch_signals(tasks, plan)
                 self._ready(server)
                 await self._stopping.wait()
-                code = await self._stop(server, control, fleece)
+                code = await self._stop(server, control, jobs, fleece)
         self._state.close()
         self._remove_files()
         return code
 
-    async def _start(self, plan: _Plan, server: Server, control: Control) -> Fleece:
+    async def _start(
+        self, plan: _Plan, server: Server, control: Control, jobs: JobManager
+    ) -> Fleece:
         """Take what may be ours alone, open the disks, then let clients in.
 
         Raises:
@@ -242,6 +248,8 @@ class Daemon:
         events = Events()
         fleece.news.subscribe(events.fleece_news)
         server.news.subscribe(events.client_news)
+        self._exports.removed.subscribe(events.export_removed)
+        jobs.news.subscribe(events.job_news)
         for location in plan.locations:
             await fleece.add_disk(location)
         if len(plan.locations) == 1:
@@ -249,7 +257,20 @@ class Daemon:
         await self._listen(server, plan)
         self._write_pid_file()
         started = datetime.now(UTC).replace(microsecond=0).isoformat().replace("+00:00", "Z")
-        control.start(Context(fleece, server, events, self._stopping.set, started))
+        control.start(
+            Context(
+                self._graph,
+                self._exports,
+                fleece,
+                server,
+                events,
+                self._stopping.set,
+                started,
+                NbdService(server, self._exports, is_permanent=True),
+                Objects(),
+                jobs,
+            )
+        )
         return fleece
 
     async def _listen(self, server: Server, plan: _Plan) -> None:
@@ -311,7 +332,9 @@ class Daemon:
 
     # --- the end ---------------------------------------------------------------------------------
 
-    async def _stop(self, server: Server, control: Control, fleece: Fleece) -> int:
+    async def _stop(
+        self, server: Server, control: Control, jobs: JobManager, fleece: Fleece
+    ) -> int:
         """End everything in order; return the exit code."""
         _notify("STOPPING=1")
         loop = asyncio.get_running_loop()
@@ -324,6 +347,7 @@ class Daemon:
         is_clean &= await control.stop(timeout_s=max(left(), _CLOSE_S))
         try:
             async with asyncio.timeout(max(left(), _CLOSE_S)):
+                await jobs.close()
                 is_clean &= await fleece.close()
         except TimeoutError:
             is_clean = False

@@ -35,11 +35,11 @@ DOORS: dict[str, set[str]] = {
     "fleece": {"base", "block", "jobs", "server"},
     "control": {"base", "protocol", "block", "jobs", "server", "fleece"},
     "pki": {"base"},
-    "cli": {"base", "protocol", "pki", "daemon"},
+    "cli": {"base", "protocol", "pki", "daemon", "storage_daemon"},
     "__main__": {"cli"},
     "__init__": set(),
 }
-DOORS["daemon"] = set(DOORS) - {"cli", "__main__", "__init__"}
+DOORS["daemon"] = DOORS["storage_daemon"] = set(DOORS) - {"cli", "__main__", "__init__"}
 
 # Within an open door: (who imports, what it imports) that stays shut, and who is excepted.
 NARROW = (
@@ -61,7 +61,9 @@ PURE = {"os.strerror"}  # a table look-up, whatever module it lives in
 LAZY = {
     ("*", "cryptography"),  # plain serving runs with the standard library alone
     ("cli", "nbdfleece.daemon"),  # a client command does not load the whole server
+    ("cli", "nbdfleece.storage_daemon"),  # likewise
     ("cli", "nbdfleece.pki"),  # loads cryptography
+    ("cli", "readline"),  # touches the terminal when it is loaded
 }
 
 # Where `except Exception` may stand, in one function of each module. At the boundaries one request,

@@ -38,6 +38,8 @@ MAX_READ_PIECES: Final = 4096  # of a READ that lie apart at a time; in order th
 MAX_ERROR_CHUNKS: Final = 256  # of one reply: a READ may fail in several places
 NBD_CONNECTIONS: Final = 4  # to an export that allows several; as nbdcopy
 NBD_REQUESTS: Final = 64  # in flight per connection; as nbdcopy
+NBD_UNFLUSHED_BYTES: Final = 64 * MiB  # kept for a server that comes back; full: we flush
+NBD_UNFLUSHED_REQUESTS: Final = 16384  # the same, of zeroes, trims and short writes
 NBD_ZERO_PIECE: Final = 1 * GiB  # zeroed or trimmed per request; takes some servers a while
 NBD_DIAL_TIMEOUT_S: Final = 30.0  # to connect, TLS and handshake included, per attempt
 NBD_RETRY_S: Final = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)  # between attempts to connect; the last stays
@@ -51,6 +53,7 @@ MAX_CONNECTIONS_PER_IDENTITY: Final = 0  # likewise: who is known can be turned 
 MAX_CONNECTIONS_PER_ADDRESS: Final = 128  # half of all: one machine alone cannot fill the server
 MAX_TURNED_AWAY: Final = 16  # clients that are being told that the server is full, at a time
 TURN_AWAY_S: Final = 1.0  # and how long each may take to hear it
+MAX_COMPLAINTS: Final = 1024  # addresses and identities known to be over their limit
 IDLE_TIMEOUT_S: Final = 0.0  # guests are idle for days
 MAX_PSK_FILE: Final = 1 * MiB  # bytes of keys.psk
 LISTEN_BACKLOG: Final = 1024  # a crowd that comes back at once must not keep others out
@@ -76,12 +79,22 @@ ZERO_PIECE: Final = 4 * MiB  # zeroes written at once where the file has no bett
 # --- block graph and fleecing ----------------------------------------------------------------
 MAX_NODE_NAME: Final = 31  # as QEMU
 MAX_DISK_NAME: Final = 64
+MAX_THROTTLE_GROUPS: Final = 4096  # a group per disk, and some more
+MAX_STATS_INTERVALS: Final = 16  # of one accounting: each costs every request
+MAX_HISTOGRAM_BINS: Final = 4096  # of one histogram
 MIN_CLUSTER: Final = 4 * KiB  # unit of copy-before-write where the target sets none
 COPY_PIECE: Final = 1 * MiB  # bytes of old data copied at once
 MAX_SIZE: Final = (1 << 63) - 1  # of a node: sizes from 2^63 break clients (CVE-2023-5215)
 
 QUIET_TIMEOUT_S: Final = 10.0  # work on files, or requests of a hard removal, may take so long
 QUIET_MOMENTS_S: Final = (0.2, 0.4, 0.8, 1.6, 2.0)  # a graph change stops guests so long per try
+
+# --- jobs ------------------------------------------------------------------------------------
+BACKUP_CLUSTER: Final = 64 * KiB  # unit of a backup, at least; as QEMU
+JOB_WORKERS: Final = 16  # pieces of a job in flight: a file has no more threads
+JOB_STATUS_PIECE: Final = 1 * GiB  # looked at at once for what the top layer holds
+JOB_RETRY_S: Final = 0.1  # before a piece is tried again under on-error=ignore
+JOB_CANCEL_GRACE_S: Final = 2.0  # for pieces of a cancelled job; then the target's peer is let go
 
 # --- QMP -------------------------------------------------------------------------------------
 MAX_QMP_MESSAGE: Final = 16 * MiB  # bytes of one request

@@ -35,7 +35,6 @@ class Parser(argparse.ArgumentParser):
 # Commands with a name and no code yet: refused in one line.
 NOT_BUILT: Final = frozenset(
     {
-        ("storage-daemon",),
         ("disk",),
         ("snapshot", "reset"),
         ("clone",),
@@ -44,7 +43,6 @@ NOT_BUILT: Final = frozenset(
         ("completion",),
         ("bitmap",),
         ("check",),
-        ("qmp",),
         ("backup",),
         ("restore",),
     }
@@ -77,7 +75,12 @@ def build_parser(version: str) -> Parser:
     _add_snapshot(commands)
     _add_status(commands)
     _add_client(commands)
+    _add_qmp(commands)
     _add_pki(commands)
+    # Only for the list of commands: its options are read by cli.storage_daemon.
+    commands.add_parser(
+        "storage-daemon", help="serve what qemu-storage-daemon's options say", add_help=False
+    )
     return parser
 
 
@@ -290,6 +293,21 @@ def _add_client(commands: _Commands) -> None:
     kick.set_defaults(command="client kick")
     kick.add_argument("id", metavar="ID", type=_count, help="its number in `client list`")
     _add_common(kick, json=False)
+
+
+def _add_qmp(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "qmp",
+        "run one QMP command, or give a prompt for them",
+        """qmp fleece-snapshot-delete '{"disk": "vda", "snapshot": "monday"}'""",
+    )
+    parser.set_defaults(command="qmp")
+    parser.add_argument(
+        "qmp_command", metavar="COMMAND", nargs="?", help="of those in docs/qmp.md; none: a prompt"
+    )
+    parser.add_argument("qmp_arguments", metavar="JSON", nargs="?", help="its arguments")
+    _add_common(parser, json=False)
 
 
 class _Adder:

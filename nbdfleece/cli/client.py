@@ -5,6 +5,7 @@ One connection, one request at a time; events that come in between are dropped.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Self
@@ -97,12 +98,12 @@ class Client:
         try:
             self._sock.settimeout(_GREETING_TIMEOUT_S)
             self._sock.connect(path)
-            if "QMP" not in self._receive():
-                raise self._gone("what answers is no nbdfleece")
+            if "QMP" not in self.receive():
+                raise self.gone("what answers is no nbdfleece")
             self._sock.settimeout(None)
         except OSError as error:
             self._sock.close()
-            raise self._gone(error.strerror or str(error)) from error
+            raise self.gone(error.strerror or str(error)) from error
         except NoDaemon:
             self._sock.close()
             raise
@@ -130,30 +131,53 @@ class Client:
         if arguments:
             request["arguments"] = arguments
         try:
-            self._sock.sendall(encode(request))
+            self.send(request)
             while True:
-                answer = self._receive()
+                answer = self.receive()
                 if "return" in answer:
                     return answer["return"]
                 if "error" in answer:
                     error = Row(answer["error"])
                     raise CommandFailed(error.text("desc"), error.text("reason"))
         except OSError as lost:
-            raise self._gone(lost.strerror or str(lost)) from lost
+            raise self.gone(lost.strerror or str(lost)) from lost
 
     def query(self, command: str, arguments: Mapping[str, Json] | None = None) -> list[Row]:
         """Run a command whose result is a list of objects; see `execute`."""
         return as_rows(self.execute(command, arguments))
 
-    def _receive(self) -> Mapping[str, Json]:
+    def send(self, request: Mapping[str, Json]) -> None:
+        """Send a request as it is; `receive` gives its answer, and what comes before that.
+
+        Raises:
+            NoDaemon: It went away.
+        """
+        try:
+            self._sock.sendall(encode(request))
+        except OSError as lost:
+            raise self.gone(lost.strerror or str(lost)) from lost
+
+    def hang_up(self) -> None:
+        """End the connection; who waits in `receive` is told so. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def receive(self) -> Mapping[str, Json]:
+        """Return the next answer or event, as it came.
+
+        Raises:
+            NoDaemon: It went away.
+            OSError: Likewise.
+        """
         while True:
             for message in self._messages:
                 if isinstance(message, Mapping):
                     return message
             data = self._sock.recv(_READ)
             if not data:
-                raise self._gone("the daemon closed the connection")
+                raise self.gone("the daemon closed the connection")
             self._messages = self._framer.feed(data)
 
-    def _gone(self, why: str) -> NoDaemon:
+    def gone(self, why: str) -> NoDaemon:
+        """Return the error that says so."""
         return NoDaemon(f"no daemon at '{self._path}': {why}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece import __version__
 from nbdfleece.base.errors import NbdfleeceError
-from nbdfleece.cli import clients, pki, serve, snapshot, status
+from nbdfleece.cli import clients, pki, qmp, serve, snapshot, status, storage_daemon
 from nbdfleece.cli.arguments import NOT_BUILT, UsageError, build_parser
 from nbdfleece.cli.exits import FAILED, USAGE, code_of, complain
 
@@ -27,6 +27,7 @@ _COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "client list": clients.list_all,
     "client kick": clients.kick,
     "health": status.health,
+    "qmp": qmp.run,
     "pki init": pki.init,
     "pki client": pki.add_client,
     "pki revoke": pki.revoke,
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return USAGE
     what = " ".join(words[:1])
     try:
+        if what == storage_daemon.NAME:
+            return storage_daemon.run(words[1:])
         args = build_parser(__version__).parse_args(words)
         what = args.command
         return _COMMANDS[what](args)

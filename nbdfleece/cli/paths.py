@@ -33,6 +33,11 @@ def state_folder(environ: Mapping[str, str], uid: int) -> Path:
     """Return the folder for what outlives the daemon."""
     if uid == 0:
         return Path("/var/lib/nbdfleece")
+    return personal_folder(environ)
+
+
+def personal_folder(environ: Mapping[str, str]) -> Path:
+    """Return the folder for what belongs to the person who types, also to root."""
     base = environ.get("XDG_STATE_HOME", "")
     home = environ.get("HOME", "") or "/"
     return (Path(base) if base else Path(home) / ".local" / "state") / "nbdfleece"

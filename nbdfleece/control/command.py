@@ -12,12 +12,17 @@ from nbdfleece.server.addresses import Address, FdAddress, TcpAddress, UnixAddre
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from nbdfleece.block.graph import Graph
     from nbdfleece.control.events import Events
+    from nbdfleece.control.objects import Objects
     from nbdfleece.fleece.fleece import Fleece
-    from nbdfleece.protocol.qmp.schema import Arguments, Struct
+    from nbdfleece.jobs.manager import JobManager
+    from nbdfleece.protocol.qmp.schema import Arguments, Struct, Type, Union
     from nbdfleece.protocol.qmp.values import Json
+    from nbdfleece.server.exports import Exports
     from nbdfleece.server.listener import Listener
     from nbdfleece.server.server import Server
+    from nbdfleece.server.service import NbdService
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +30,28 @@ class Context:
     """The program, as commands see it.
 
     Attributes:
+        graph: The nodes.
+        exports: What is offered.
         fleece: Disks and snapshots.
         server: Sessions.
         events: Where commands tell everybody of something.
         quit: Begins the daemon's shutdown; returns at once.
         started: When the daemon started, in RFC 3339.
+        nbd: The server, as commands start and stop it.
+        objects: What `object-add` has made.
+        jobs: Backups and other long work.
     """
 
+    graph: Graph
+    exports: Exports
     fleece: Fleece
     server: Server
     events: Events
     quit: Callable[[], None]
     started: str
+    nbd: NbdService
+    objects: Objects
+    jobs: JobManager
 
 
 def addresses(listener: Listener) -> list[Address]:
@@ -81,9 +96,13 @@ class Command:
         arguments: What it takes.
         run: Does it and returns what the client gets.
         in_negotiation: It works before `qmp_capabilities`, and only there.
+        returns: What it returns, for introspection; None: not declared.
+        features: QEMU's words about it, such as `deprecated` and `unstable`.
     """
 
     name: str
-    arguments: Struct
+    arguments: Struct | Union
     run: Handler
     in_negotiation: bool = False
+    returns: Type | None = None
+    features: tuple[str, ...] = ()

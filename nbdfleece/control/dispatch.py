@@ -43,6 +43,7 @@ class Dispatcher:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.negotiating = True
+        self._oob = False  # the client may ask for out-of-band execution
 
     async def answer(self, message: Mapping[str, Json]) -> Json:
         """Carry out one request and return the answer. Never raises but CancelledError.
@@ -65,17 +66,22 @@ class Dispatcher:
             )
 
     async def _run(self, message: Mapping[str, Json]) -> Json:
-        request = messages.parse_request(message)
+        request = messages.parse_request(message, oob=self._oob)
         command = COMMANDS.get(request.execute)
+        if self.negotiating and (command is None or not command.in_negotiation):
+            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
         if command is None:
             raise CommandNotFound(f"The command {request.execute} has not been found")
-        if self.negotiating and not command.in_negotiation:
-            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
+        if request.out_of_band:
+            # As in QEMU's own storage daemon: it may be asked for, and no command can do it.
+            raise CommandError(f"The command {request.execute} does not support OOB")
         if command.in_negotiation and not self.negotiating:
             raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
         arguments = Arguments(command.arguments, request.arguments)
         result = await command.run(self._context, arguments)
-        self.negotiating = False
+        if command.in_negotiation:
+            self.negotiating = False
+            self._oob = messages.OOB in arguments.strings("enable")
         return result
 
 

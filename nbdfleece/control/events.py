@@ -18,6 +18,7 @@ from nbdfleece.fleece.news import (
     SnapshotDeleted,
     TempThreshold,
 )
+from nbdfleece.jobs.job import JobIoError, JobNews, JobPending, StatusChanged
 from nbdfleece.protocol.qmp import messages
 from nbdfleece.server.audit import ClientConnected, ClientNews
 
@@ -55,6 +56,36 @@ class Events:
             self.emit("FLEECE_SNAPSHOT_BROKEN", {**data, "error": news.error})
         elif isinstance(news, TempThreshold):
             self.emit("FLEECE_TEMP_THRESHOLD", {**data, "used": news.used, "limit": news.limit})
+
+    def export_removed(self, export_id: str) -> None:
+        """Tell all monitors that an export is gone."""
+        self.emit("BLOCK_EXPORT_DELETED", {"id": export_id})
+
+    def job_news(self, news: JobNews) -> None:
+        """Tell all monitors what a job published."""
+        if isinstance(news, StatusChanged):
+            self.emit("JOB_STATUS_CHANGE", {"status": news.status.value, "id": news.id})
+        elif isinstance(news, JobPending):
+            self.emit("BLOCK_JOB_PENDING", {"type": news.type, "id": news.id})
+        elif isinstance(news, JobIoError):
+            operation = "read" if news.is_read else "write"
+            action = news.action.value
+            data: dict[str, Json] = {"device": news.id, "operation": operation, "action": action}
+            self.emit("BLOCK_JOB_ERROR", data)
+        else:
+            data = {
+                "device": news.id,
+                "len": news.total,
+                "offset": news.done,
+                "speed": news.speed,
+                "type": news.type,
+            }
+            if news.cancelled:
+                self.emit("BLOCK_JOB_CANCELLED", data)
+                return
+            if news.error is not None:
+                data["error"] = news.error
+            self.emit("BLOCK_JOB_COMPLETED", data)
 
     def client_news(self, news: ClientNews) -> None:
         """Tell all monitors of a client that has opened an export, or is gone again."""

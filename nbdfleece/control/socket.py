@@ -55,6 +55,21 @@ class Control:
                 ) from error
             raise ConfigError(f"control socket: {error}") from error
 
+    async def wait_for_client(self) -> None:
+        """Return when a client waits to be accepted.
+
+        Cancel: safe.
+        """
+        assert self._listener is not None, "listen first"
+        loop, came = asyncio.get_running_loop(), asyncio.Event()
+        for sock in self._listener.sockets:
+            loop.add_reader(sock, came.set)
+        try:
+            await came.wait()
+        finally:
+            for sock in self._listener.sockets:
+                loop.remove_reader(sock)
+
     def start(self, context: Context) -> None:
         """Accept monitors."""
         assert self._listener is not None, "listen first"

@@ -12,6 +12,7 @@ from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.host_device import HostDeviceDriver
 from nbdfleece.block.drivers.locks import Locking
 from nbdfleece.block.drivers.nbd.driver import NbdDriver
+from nbdfleece.fleece.io_limits import below_limit
 
 if TYPE_CHECKING:
     from nbdfleece.block.driver import Driver
@@ -41,7 +42,7 @@ class Disk:
 
     ::
 
-        live export -> [filter of the newest snapshot] -> ... -> [oldest] -> node
+        live export -> [I/O limits] -> [filter of the newest snapshot] -> ... -> [oldest] -> node
 
     Attributes:
         location: Where it is and how it was asked for.
@@ -63,14 +64,14 @@ class Disk:
 
     @property
     def top(self) -> Node:
-        """What the guest writes to: the next filter goes above it.
+        """What the guest writes to, below its I/O limits: the next filter goes above it.
 
         Raises:
             CommandError: The disk is on its way out.
         """
         if self.export.root is None or self.export.is_closing:
             raise CommandError(f"disk '{self.name}' is being removed")
-        return self.export.node
+        return below_limit(self.export.node)
 
     @property
     def clients(self) -> int:

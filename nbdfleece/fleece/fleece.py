@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
+from nbdfleece.block.graph import above
 from nbdfleece.fleece.change import in_time, quiet, remove_export
 from nbdfleece.fleece.disk import Disk, identity, make_driver
 from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotNotFound
+from nbdfleece.fleece.io_limits import drop_unused_limits
 from nbdfleece.fleece.location import (
     PROBE_LENGTH,
     check_is_raw,
@@ -188,6 +190,9 @@ class Fleece:
                 raise InUse(f"disk '{name}' has snapshots: {names}")
             if not force and disk.clients:
                 raise InUse(f"disk '{name}' is in use by {disk.clients} connections")
+            for node in above(disk.node):
+                if node.owned_by_monitor:  # by blockdev-add: only blockdev-del takes it away
+                    raise InUse(f"disk '{name}' is in use by node '{node.name}'")
             if force:
                 await self._close_whatever_it_takes(disk)
             else:
@@ -217,6 +222,7 @@ class Fleece:
                 await _flush(disk)
             except IoError as error:
                 _log.error("disk %s: last flush failed: %s", disk.name, error)
+        await drop_unused_limits(self._graph)
         await self._graph.remove(disk.node)
         del self._disks[disk.name]
         await asyncio.to_thread(self._write_disk, disk.location, disk.node.size, is_stopped=True)
@@ -387,6 +393,8 @@ class Fleece:
         """
         is_clean = True
         async with self._changing:
+            if any(node.owned_by_monitor for node in self._graph):
+                await self._remove_nodes_of_users()
             for disk in self.disks():
                 try:
                     await self._close_whatever_it_takes(disk)
@@ -394,6 +402,21 @@ class Fleece:
                     is_clean = False
                     _log.error("disk %s: %s", disk.name, error)
         return is_clean
+
+    async def _remove_nodes_of_users(self) -> None:
+        """Take away what commands have put above, below and beside the disks; at the end only."""
+        for disk in self.disks():
+            try:
+                for snapshot in reversed(list(disk.snapshots.values())):
+                    await self._delete(disk, snapshot, RemoveMode.HARD)
+            except CommandError as error:
+                _log.debug("disk %s: %s", disk.name, error)  # it is tried again
+        try:
+            for export in self._exports:
+                await remove_export(self._exports, export, RemoveMode.HARD)
+            await self._graph.remove_made_by_monitor()
+        except CommandError as error:
+            _log.error("%s", error)
 
 
 async def _check_remote_is_raw(location: Location, node: Node) -> None:

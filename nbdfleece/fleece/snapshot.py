@@ -28,6 +28,7 @@ from nbdfleece.block.drivers.locks import Locking
 from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
 from nbdfleece.fleece.change import quiet, remove_export
 from nbdfleece.fleece.disk import connections
+from nbdfleece.fleece.io_limits import drop_unused_limits
 from nbdfleece.fleece.store import SnapshotFiles, StateFolder, remove_files
 from nbdfleece.server.export import Export, ExportOptions
 
@@ -286,6 +287,7 @@ class Snapshot:
             await remove_export(exports, self._export, mode)
             self._export = None
         if self._access is not None:
+            await drop_unused_limits(graph)
             await graph.remove(self._access)
             self._access = None
 

@@ -102,8 +102,11 @@ class StateFolder:
         """Keep what is known of a disk.
 
         Raises:
-            StateError: The file there is of another version, or cannot be written.
+            StateError: The file there is of another version, or cannot be written; or the folder
+                is not open, as in a daemon without state.
         """
+        if self._lock_fd < 0:
+            raise StateError(f"disk '{disk}': this daemon has no state folder ('serve' has)")
         folder = self.path / disk
         try:
             _make_folder(folder)

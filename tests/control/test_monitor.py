@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from nbdfleece.base.limits import MAX_QMP_QUEUE
+from nbdfleece.control.command import Context
+from nbdfleece.control.events import Events
+from nbdfleece.control.monitor import Monitor as ControlMonitor
 from tests.support.daemon_process import Daemon, make_disk
 
 
@@ -38,8 +45,11 @@ class Monitor:
         return json.loads(line) if line else None
 
     def ask(self, message):
+        """Return the answer to a request; events that come before it are passed over."""
         self.sock.sendall(json.dumps(message).encode() + b"\n")
-        return self.receive()
+        while "event" in (got := self.receive()):
+            pass
+        return got
 
     def error_of(self, message) -> str:
         return self.ask(message)["error"]["desc"]
@@ -65,6 +75,51 @@ def test_negotiation(daemon: Daemon) -> None:
             "class": "CommandNotFound",
             "desc": "Capabilities negotiation is already complete, command ignored",
         }
+
+
+def test_out_of_band_execution_may_be_asked_for_and_no_command_has_it(daemon: Daemon) -> None:
+    with Monitor(daemon, negotiate=False) as monitor:
+        assert monitor.greeting["QMP"]["capabilities"] == ["oob"]
+        wrong = {"execute": "qmp_capabilities", "arguments": {"enable": ["speed"]}}
+        assert monitor.error_of(wrong) == "Parameter 'enable[0]' does not accept value 'speed'"
+        right = {"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}
+        assert monitor.ask(right) == {"return": {}}
+        assert monitor.ask({"exec-oob": "query-version", "id": {"a": None}}) == {
+            "error": {
+                "class": "GenericError",
+                "desc": "The command query-version does not support OOB",
+            },
+            "id": {"a": None},
+        }
+        unknown = monitor.ask({"exec-oob": "nope"})
+        assert unknown["error"]["class"] == "CommandNotFound"
+        assert "return" in monitor.ask({"execute": "query-version"})
+    with Monitor(daemon) as monitor:
+        plain = {"exec-oob": "query-version"}
+        assert monitor.error_of(plain) == "QMP input member 'exec-oob' is unexpected"
+
+
+def test_what_a_machine_with_disks_alone_answers(daemon: Daemon) -> None:
+    with Monitor(daemon) as monitor:
+        status = monitor.ask({"execute": "query-status"})["return"]
+        assert status == {"status": "running", "singlestep": False, "running": True}
+        assert monitor.ask({"execute": "query-name"}) == {"return": {}}
+        assert monitor.ask({"execute": "query-tpm"}) == {"return": []}
+
+
+def test_the_schema_describes_every_command(daemon: Daemon) -> None:
+    with Monitor(daemon) as monitor:
+        names = [row["name"] for row in monitor.ask({"execute": "query-commands"})["return"]]
+        schema = monitor.ask({"execute": "query-qmp-schema"})["return"]
+    entries = {entry["name"]: entry for entry in schema}
+    assert len(entries) == len(schema)
+    commands = [entry for entry in schema if entry["meta-type"] == "command"]
+    assert sorted(entry["name"] for entry in commands) == names
+    assert {entry["arg-type"] for entry in commands} <= set(entries)
+    assert {entry["ret-type"] for entry in commands} <= set(entries)
+    create = entries[entries["fleece-snapshot-create"]["arg-type"]]
+    assert {"name": "name", "type": "str", "default": None} in create["members"]
+    assert entries["FLEECE_SNAPSHOT_BROKEN"]["meta-type"] == "event"
 
 
 def test_errors_in_qemus_words(daemon: Daemon) -> None:
@@ -123,19 +178,42 @@ def test_a_slow_monitor_stalls_nobody(daemon: Daemon) -> None:
         for number in range(50):
             name = f"s{number}"
             arguments = {"disks": ["vda"], "name": name}
-            quick.sock.sendall(
-                json.dumps({"execute": "fleece-snapshot-create", "arguments": arguments}).encode()
+            assert "return" in quick.ask(
+                {"execute": "fleece-snapshot-create", "arguments": arguments}
             )
-            assert "event" in quick.receive()
-            assert "return" in quick.receive()
             arguments = {"disk": "vda", "snapshot": name}
-            quick.sock.sendall(
-                json.dumps({"execute": "fleece-snapshot-delete", "arguments": arguments}).encode()
+            assert "return" in quick.ask(
+                {"execute": "fleece-snapshot-delete", "arguments": arguments}
             )
-            assert "event" in quick.receive()
-            assert "return" in quick.receive()
-        events = [slow.receive()["event"] for _ in range(100)]
+        events: list[str] = []
+        while len(events) < 100:
+            name = slow.receive()["event"]
+            events += [name] * name.startswith("FLEECE_")
         assert events == ["FLEECE_SNAPSHOT_CREATED", "FLEECE_SNAPSHOT_DELETED"] * 50
+
+
+async def test_events_for_a_monitor_that_does_not_read_are_bounded() -> None:
+    events = Events()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    loop = asyncio.get_running_loop()
+    monitor = ControlMonitor(ours, cast("Context", SimpleNamespace(events=events)), {})
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(monitor.run())
+        reader, writer = await asyncio.open_connection(sock=theirs)
+        assert "QMP" in json.loads(await reader.readline())
+        writer.write(b'{"execute": "qmp_capabilities"}')
+        assert json.loads(await reader.readline()) == {"return": {}}
+        begun = loop.time()
+        for number in range(20_000):
+            events.emit("E", {"number": number, "padding": "x" * 1000})
+        assert loop.time() - begun < 20, "somebody waited"
+        monitor.stop()
+        got = [json.loads(line)["data"]["number"] async for line in reader]
+        writer.close()
+    assert len(got) == MAX_QMP_QUEUE
+    assert got == list(range(20_000 - MAX_QMP_QUEUE, 20_000))
 
 
 def test_a_client_that_only_asks_does_not_fill_our_memory(daemon: Daemon) -> None:

@@ -144,9 +144,11 @@ class NbdClient:
 
     async def close(self) -> None:
         """Close without a word."""
-        self._close_socket()
         if self._reader is not None:
+            # First: it unregisters a descriptor that would be somebody else's by then.
+            self._reader.cancel()
             await asyncio.wait([self._reader])
+        self._close_socket()
 
     def _close_socket(self) -> None:
         if self._reader is not None:

@@ -42,6 +42,7 @@ class Backend:
         contexts: The metadata contexts that it has, ids from 7 on.
         status: What it says to every BLOCK_STATUS.
         error: What it says to every other request.
+        errors: What it says to those of a command.
         silent: Commands that it never answers.
         raw: Bytes that it sends in place of the first reply.
         requests: (command, flags, offset, length) of what it received.
@@ -53,6 +54,7 @@ class Backend:
     contexts: Sequence[str] = (BASE,)
     status: Sequence[tuple[int, int]] = ((1 << 20, 0),)
     error: tuple[int, bytes] | None = None
+    errors: dict[int, tuple[int, bytes]] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
     raw: bytes | None = None
     requests: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -134,8 +136,9 @@ class Backend:
                 kind, make = c.NBD_REPLY_TYPE_BLOCK_STATUS_EXT, wire.status_ext_payload
             last = selected[-1]
             return [(kind, make(one, self.status), one == last) for one in selected]
-        if self.error is not None:
-            return [(c.NBD_REPLY_TYPE_ERROR, wire.error_payload(*self.error), True)]
+        error = self.errors.get(command, self.error)
+        if error is not None:
+            return [(c.NBD_REPLY_TYPE_ERROR, wire.error_payload(*error), True)]
         if command == c.NBD_CMD_READ:
             return [(c.NBD_REPLY_TYPE_OFFSET_HOLE, wire.hole_payload(offset, length), True)]
         return [(c.NBD_REPLY_TYPE_NONE, b"", True)]

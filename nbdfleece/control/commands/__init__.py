@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece.control.command import Command
-from nbdfleece.control.commands import fleece, general
+from nbdfleece.control.commands import exports, fleece, general, jobs, nodes, objects, qom, throttle
+from nbdfleece.control.event_table import EVENTS
+from nbdfleece.protocol.qmp.introspect import Introspection
+from nbdfleece.protocol.qmp.schema import Array, String, Struct
 
 if TYPE_CHECKING:
     from nbdfleece.control.command import Context
@@ -14,13 +17,34 @@ if TYPE_CHECKING:
 
 
 async def _query_commands(_context: Context, _arguments: Arguments) -> Json:
+    """List the names of all commands."""
     return [{"name": name} for name in sorted(COMMANDS)]
 
 
+async def _query_schema(_context: Context, _arguments: Arguments) -> Json:
+    """Describe all commands, their arguments, and all events."""
+    described = Introspection()
+    for command in COMMANDS.values():
+        described.add_command(command.name, command.arguments, command.returns, command.features)
+    for name, data in EVENTS.items():
+        described.add_event(name, data)
+    return described.entries
+
+
+_LIST: Final = Array(Struct({"name": String()}))
 _TABLES: Final = (
     general.COMMANDS,
     fleece.COMMANDS,
-    (Command("query-commands", general.NOTHING, _query_commands),),
+    jobs.COMMANDS,
+    exports.COMMANDS,
+    nodes.COMMANDS,
+    objects.COMMANDS,
+    qom.COMMANDS,
+    throttle.COMMANDS,
+    (
+        Command("query-commands", general.NOTHING, _query_commands, returns=_LIST),
+        Command("query-qmp-schema", general.NOTHING, _query_schema),
+    ),
 )
 
 COMMANDS: Final = {command.name: command for table in _TABLES for command in table}

@@ -30,6 +30,7 @@ _SWITCH: Final = {True: "on", False: "off"}
 
 
 async def _disk_add(context: Context, arguments: Arguments) -> Json:
+    """Serve another disk: open it and export it under its name."""
     options: dict[str, str] = {}
     for name in ("format", "discard", "cache"):
         if name in arguments:
@@ -43,12 +44,14 @@ async def _disk_add(context: Context, arguments: Arguments) -> Json:
 
 
 async def _disk_remove(context: Context, arguments: Arguments) -> Json:
+    """Stop serving a disk; with `force` also under clients and snapshots."""
     force = arguments.boolean("force", default=False)
     await context.fleece.remove_disk(arguments.string("disk"), force=force)
     return {}
 
 
 async def _query_disks(context: Context, _arguments: Arguments) -> Json:
+    """List the disks."""
     return [
         {
             "disk": facts.disk,
@@ -69,6 +72,7 @@ async def _query_disks(context: Context, _arguments: Arguments) -> Json:
 
 
 async def _snapshot_create(context: Context, arguments: Arguments) -> Json:
+    """Take a snapshot of each disk, all at one instant, and export them."""
     if arguments.optional_string("durability") == "power":
         raise NotBuilt("durability 'power' is not built yet")
     if "expire" in arguments:
@@ -103,6 +107,7 @@ def _created(context: Context, taken: Taken) -> Json:
 
 
 async def _snapshot_delete(context: Context, arguments: Arguments) -> Json:
+    """Give a snapshot up; with `force` also under its readers."""
     await context.fleece.delete_snapshot(
         arguments.string("disk"),
         arguments.string("snapshot"),
@@ -112,6 +117,7 @@ async def _snapshot_delete(context: Context, arguments: Arguments) -> Json:
 
 
 async def _query_snapshots(context: Context, arguments: Arguments) -> Json:
+    """List the snapshots, of one disk or of all."""
     snapshots = context.fleece.snapshots(arguments.optional_string("disk"))
     return [await _described(snapshot) for snapshot in snapshots]
 
@@ -147,6 +153,7 @@ async def _described(snapshot: Snapshot) -> Json:
 
 
 async def _query_clients(context: Context, _arguments: Arguments) -> Json:
+    """List who is connected."""
     return [_client(session) for session in context.server.sessions.values()]
 
 
@@ -171,6 +178,7 @@ def _client(session: Session) -> Json:
 
 
 async def _client_kick(context: Context, arguments: Arguments) -> Json:
+    """Disconnect a client at once; it may come back."""
     number = arguments.integer("id")
     session = context.server.sessions.get(number)
     if session is None:
@@ -180,6 +188,7 @@ async def _client_kick(context: Context, arguments: Arguments) -> Json:
 
 
 async def _query_status(context: Context, _arguments: Arguments) -> Json:
+    """Tell what `nbdfleece status` shows of the daemon itself."""
     space = await context.fleece.temp_space()
     listeners = context.server.listeners
     names = [disk.name for disk in context.fleece.disks()]

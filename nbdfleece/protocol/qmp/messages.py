@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _MEMBERS: Final = ("execute", "arguments", "id")
 
+OOB: Final = "oob"  # the capability to ask for out-of-band execution
+
 
 class _Absent:
     """Stands for an `id` that was not given: null is a valid one."""
@@ -26,10 +28,17 @@ ABSENT: Final = _Absent()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A well-formed request; its arguments have not been checked."""
+    """A well-formed request; its arguments have not been checked.
+
+    Attributes:
+        execute: The command.
+        arguments: Its arguments.
+        out_of_band: It should run before those that were sent earlier.
+    """
 
     execute: str
     arguments: Mapping[str, Json]
+    out_of_band: bool = False
 
 
 def request_id(message: Mapping[str, Json]) -> Json | _Absent:
@@ -37,29 +46,37 @@ def request_id(message: Mapping[str, Json]) -> Json | _Absent:
     return message.get("id", ABSENT)
 
 
-def parse_request(message: Mapping[str, Json]) -> Request:
+def parse_request(message: Mapping[str, Json], *, oob: bool = False) -> Request:
     """Return the request in `message`.
+
+    Args:
+        message: The object that came.
+        oob: The client has enabled out-of-band execution.
 
     Raises:
         CommandError: It is none.
     """
-    execute = message.get("execute")
-    if "execute" in message and not isinstance(execute, str):
-        raise CommandError("QMP input member 'execute' must be a string")
+    verbs = ("execute", "exec-oob") if oob else ("execute",)
+    given = [verb for verb in verbs if verb in message]
+    for verb in given:
+        if not isinstance(message[verb], str):
+            raise CommandError(f"QMP input member '{verb}' must be a string")
+    if len(given) > 1:
+        raise CommandError("QMP input member 'execute' clashes with 'exec-oob'")
     arguments = message.get("arguments", {})
     if not isinstance(arguments, Mapping):
         raise CommandError("QMP input member 'arguments' must be an object")
     for name in message:
-        if name not in _MEMBERS:
+        if name not in _MEMBERS and name not in verbs:
             raise CommandError(f"QMP input member '{name}' is unexpected")
-    if not isinstance(execute, str):
+    if not given:
         raise CommandError("QMP input lacks member 'execute'")
-    return Request(execute, arguments)
+    return Request(str(message[given[0]]), arguments, given[0] == "exec-oob")
 
 
 def greeting(version: Json) -> Json:
     """Return the first message of a monitor."""
-    return {"QMP": {"version": version, "capabilities": []}}
+    return {"QMP": {"version": version, "capabilities": [OOB]}}
 
 
 def success(value: Json, identity: Json | _Absent) -> Json:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 from nbdfleece.base.errors import CommandError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nbdfleece.protocol.qmp.values import Json
 
 INT64: Final = (-(1 << 63), (1 << 63) - 1)
@@ -57,6 +59,24 @@ class Enum:
 
 
 @dataclass(frozen=True, slots=True)
+class Null:
+    """The value null."""
+
+    def check(self, value: Json, path: str) -> None:
+        """See Type.check."""
+        if value is not None:
+            raise _wrong_type(path, "null")
+
+
+@dataclass(frozen=True, slots=True)
+class Anything:
+    """Any value; the command looks at it itself."""
+
+    def check(self, value: Json, path: str) -> None:
+        """See Type.check: nothing is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
 class Boolean:
     """True or false."""
 
@@ -77,11 +97,19 @@ class Integer:
     def check(self, value: Json, path: str) -> None:
         """See Type.check."""
         if isinstance(value, bool) or not isinstance(value, int):
-            raise _wrong_type(path, "integer")
+            raise self._no_integer(path)
         if not self.low <= value <= self.high:
+            if (self.low, self.high) == INT64 or not INT64[0] <= value < 1 << 64:
+                raise self._no_integer(path)
             if self.c_name is not None:
                 raise CommandError(f"Parameter '{path}' expects {self.c_name}")
             raise CommandError(f"Parameter '{path}' expects a value from {self.low} to {self.high}")
+
+    def _no_integer(self, path: str) -> CommandError:
+        """Return QEMU's words for what is no integer, or none of 64 bits."""
+        if self.c_name is not None:
+            return CommandError(f"Parameter '{path}' expects uint64")
+        return _wrong_type(path, "integer")
 
 
 UINT32: Final = Integer(0, (1 << 32) - 1, "uint32_t")
@@ -140,6 +168,68 @@ class Struct:
                 raise CommandError(f"Parameter '{before}{name}' is unexpected")
 
 
+@dataclass(frozen=True, slots=True)
+class Union:
+    """An object whose member `tag` says which further members it has.
+
+    Attributes:
+        tag: The member; its value is a name in `variants`.
+        base: Members that all have, without `tag`.
+        variants: Further members.
+    """
+
+    tag: str
+    base: Struct
+    variants: Mapping[str, Struct]
+
+    def check(self, value: Json, path: str) -> None:
+        """See Type.check."""
+        if not isinstance(value, Mapping):
+            raise _wrong_type(path, "object")
+        place = f"{path}.{self.tag}" if path else self.tag
+        if self.tag not in value:
+            raise CommandError(f"Parameter '{place}' is missing")
+        kind = Enum(tuple(self.variants))
+        kind.check(value[self.tag], place)
+        variant = self.variants[str(value[self.tag])]
+        Struct(
+            {self.tag: kind, **self.base.required, **variant.required},
+            {**self.base.optional, **variant.optional},
+        ).check(value, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Alternate:
+    """A value of one of several JSON types, told apart by it: a name or an object, for example.
+
+    Attributes:
+        name: QEMU's name of it, for messages: `BlockdevRef`.
+        choices: At most one for each JSON type.
+    """
+
+    name: str
+    choices: tuple[Type, ...]
+
+    def check(self, value: Json, path: str) -> None:
+        """See Type.check."""
+        for choice in self.choices:
+            if _json_type(choice) == _json_type_of(value):
+                choice.check(value, path)
+                return
+        raise _wrong_type(path, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """A type that is made when it is needed, so that types may contain themselves."""
+
+    make: Callable[[], Type]
+
+    def check(self, value: Json, path: str) -> None:
+        """See Type.check."""
+        self.make().check(value, path)
+
+
 class Arguments:
     """Checked members of an object, by typed getters.
 
@@ -153,9 +243,14 @@ class Arguments:
         CommandError: `values` does not match `schema`.
     """
 
-    def __init__(self, schema: Struct, values: Mapping[str, Json]) -> None:
+    def __init__(self, schema: Struct | Union, values: Mapping[str, Json]) -> None:
         schema.check(values, "")
         self._values = values
+
+    @property
+    def members(self) -> Mapping[str, Json]:
+        """The whole object as it came, checked."""
+        return self._values
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -197,6 +292,35 @@ class Arguments:
         value = self._values.get(name, ())
         assert isinstance(value, Sequence), name
         return [item for item in value if isinstance(item, str)]
+
+
+def _json_type(kind: Type) -> str:
+    """Return the JSON type that a value of `kind` has."""
+    if isinstance(kind, Later):
+        return _json_type(kind.make())
+    for name, kinds in _JSON_TYPES.items():
+        if isinstance(kind, kinds):
+            return name
+    return "value"
+
+
+_JSON_TYPES: Final = {
+    "string": (String, Enum),
+    "null": (Null,),
+    "boolean": (Boolean,),
+    "number": (Integer, Number),
+    "array": (Array,),
+    "object": (Struct, Union),
+}
+
+
+def _json_type_of(value: Json) -> str:
+    if value is None:
+        return "null"
+    for name, kind in (("string", str), ("boolean", bool), ("number", int | float)):
+        if isinstance(value, kind):
+            return name
+    return "object" if isinstance(value, Mapping) else "array"
 
 
 def _wrong_type(path: str, expected: str) -> CommandError:

@@ -1,0 +1,341 @@
+"""Nodes: added, removed, reopened, resized, asked about.
+
+Words of errors, members and the order of lists are QEMU's. An entry of `query-block` is a disk of
+ours: what a program written for a virtual machine takes for one of its drives.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Final
+
+from nbdfleece.base.errors import CommandError, InUse, IoError, NotFound
+from nbdfleece.block import permissions
+from nbdfleece.block.node import Node
+from nbdfleece.block.registry import add_from_options
+from nbdfleece.block.reopen import reopen
+from nbdfleece.control.blockdev import OPTIONS
+from nbdfleece.control.command import Command
+from nbdfleece.control.commands.throttle import export_stats, node_stats
+from nbdfleece.fleece.io_limits import describe_limit, drop_unused_limits
+from nbdfleece.jobs.job import Job
+from nbdfleece.protocol.qmp.schema import Array, Boolean, Integer, String, Struct
+from nbdfleece.server.export import Export
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nbdfleece.block.child import Child
+    from nbdfleece.control.command import Context
+    from nbdfleece.fleece.disk import Disk
+    from nbdfleece.protocol.qmp.schema import Arguments
+    from nbdfleece.protocol.qmp.values import Json
+
+_NOTHING: Final = Struct()
+_UINT64: Final = Integer(0, (1 << 64) - 1, "uint64")
+# Drivers of whose images QEMU knows nothing more than the size.
+_NO_INFO: Final = frozenset({"nbd", "null-co", "snapshot-access"})
+_LIMITS: Final = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+
+
+# --- changes -------------------------------------------------------------------------------------
+
+
+async def _add(context: Context, arguments: Arguments) -> Json:
+    """Make a node, with the children whose options are nested in its own."""
+    await add_from_options(context.graph, arguments.members)
+    return {}
+
+
+async def _del(context: Context, arguments: Arguments) -> Json:
+    """Remove a node that blockdev-add made and nobody uses, with the children made for it."""
+    await drop_unused_limits(context.graph)
+    node = _find(context, arguments.string("node-name"))
+    for edge in node.parents:
+        if isinstance(edge.parent, Export):
+            raise InUse(f"Node {node.name} is in use")
+    context.jobs.check_not_busy(node)
+    if not node.owned_by_monitor:
+        raise CommandError(f"Node {node.name} is not owned by the monitor")
+    if node.parents:
+        raise InUse(f"Block device {node.name} is in use")
+    await context.graph.remove(node)
+    return {}
+
+
+async def _reopen(context: Context, arguments: Arguments) -> Json:
+    """Give nodes other options: all of them, or none when anything is refused."""
+    options = arguments.members["options"]
+    assert isinstance(options, list), "as declared"
+    await reopen(context.graph, options)
+    return {}
+
+
+async def _resize(context: Context, arguments: Arguments) -> Json:
+    """Make an image longer, by zeroes, or shorter."""
+    node = _lookup(context, arguments)
+    size = arguments.integer("size")
+    if size < 0:
+        raise CommandError("Parameter 'size' expects a >0 size")
+    context.jobs.check_not_busy(node)
+    await context.graph.resize(node, size)
+    return {}
+
+
+async def _set_write_threshold(context: Context, arguments: Arguments) -> Json:
+    """Have the first write that ends behind a threshold told by BLOCK_WRITE_THRESHOLD; 0: none."""
+    name = arguments.string("node-name")
+    node = context.graph.get(name)
+    if node is None:
+        raise NotFound(f"Device '{name}' not found")
+
+    def tell(node: Node, exceeded: int) -> None:
+        context.events.emit(
+            "BLOCK_WRITE_THRESHOLD",
+            {
+                "node-name": node.name,
+                "amount-exceeded": exceeded,
+                "write-threshold": node.write_threshold,
+            },
+        )
+
+    node.threshold_exceeded = tell
+    node.write_threshold = arguments.integer("write-threshold")
+    return {}
+
+
+def _find(context: Context, name: str) -> Node:
+    node = context.graph.get(name)
+    if node is None:
+        raise NotFound(f"Failed to find node with node-name='{name}'")
+    return node
+
+
+def _lookup(context: Context, arguments: Arguments) -> Node:
+    """Return the node that `device` (a disk) or `node-name` names; the latter is for disks' own."""
+    device = arguments.optional_string("device") or ""
+    name = arguments.optional_string("node-name") or ""
+    for disk in context.fleece.disks():
+        if device and disk.name == device:
+            return disk.top
+    node = context.graph.get(name)
+    if node is None:
+        raise NotFound(f"Cannot find device='{device}' nor node-name='{name}'")
+    return node
+
+
+# --- nodes as they are ---------------------------------------------------------------------------
+
+
+async def _query_nodes(context: Context, arguments: Arguments) -> Json:
+    """Describe all nodes, the newest first; with `flat`, each without what is behind it."""
+    flat = arguments.boolean("flat", default=False)
+    return [
+        await describe(node, flat=flat)
+        for node in reversed(list(context.graph))
+        if context.graph.get(node.name) is node  # not gone while others were looked at
+    ]
+
+
+async def describe(node: Node, *, flat: bool = False) -> Mapping[str, Json]:
+    """Return what QEMU calls BlockDeviceInfo."""
+    driver = node.driver
+    answer: dict[str, Json] = {
+        "node-name": node.name,
+        "drv": driver.name,
+        "file": driver.image_name(),
+        "ro": node.read_only,
+        "encrypted": False,
+        "detect_zeroes": "off",
+        "write_threshold": node.write_threshold,
+        "cache": {"writeback": True, "direct": driver.bypasses_cache(), "no-flush": False},
+        **dict.fromkeys(_LIMITS, 0),
+    }
+    if node.bitmaps:
+        answer["dirty-bitmaps"] = _bitmaps(node)
+    behind = [] if flat else _behind(node)
+    images = [(_image(found), found.driver) for found in (node, *behind)]
+    answer["backing_file_depth"] = len(behind)
+    answer["image"] = images[0][0]
+    for (upper, _), (lower, _) in itertools.pairwise(images):
+        upper["backing-image"] = lower
+    for image, storing in images:
+        try:
+            size = await storing.allocated_size()
+        except IoError:
+            continue
+        if size is not None:
+            image["actual-size"] = size
+    return answer
+
+
+def _behind(node: Node) -> list[Node]:
+    """Return what a filter shows, and its backing file, and so on."""
+    edge = node.file if node.driver.is_filter else node.backing
+    return [] if edge is None else [edge.node, *_behind(edge.node)]
+
+
+def _image(node: Node) -> dict[str, Json]:
+    about: dict[str, Json] = {
+        "filename": node.driver.image_name(),
+        "format": node.driver.name,
+        "virtual-size": node.size,
+    }
+    if _has_info(node):
+        about["dirty-flag"] = False
+    return about
+
+
+def _has_info(node: Node) -> bool:
+    """Tell whether QEMU knows more of such an image than the size."""
+    if node.driver.name in _NO_INFO:
+        return False
+    return node.file is None or _has_info(node.file.node)
+
+
+def _bitmaps(node: Node) -> list[Json]:
+    found: list[Json] = []
+    for bitmap in node.bitmaps.values():
+        about: dict[str, Json] = {
+            "name": bitmap.name,
+            "count": bitmap.count(),
+            "granularity": bitmap.granularity,
+            "recording": bitmap.enabled,
+            "busy": bitmap.busy,
+            "persistent": False,
+        }
+        if bitmap.inconsistent:
+            about["inconsistent"] = True
+        found.append(about)
+    return found
+
+
+async def _query_graph(context: Context, _arguments: Arguments) -> Json:
+    """Show all nodes and all edges, with their permissions."""
+    seen = _Numbered()
+    for node in context.graph:
+        for edge in node.parents:
+            if not isinstance(edge.parent, Node):
+                seen.add_edge(edge)
+    for node in context.graph:
+        seen.add_node(node, node.name, "block-driver")
+        for edge in node.children:
+            seen.add_edge(edge)
+    return {"nodes": seen.nodes[::-1], "edges": seen.edges[::-1]}
+
+
+class _Numbered:
+    """Numbers whatever stands in the graph, in the order in which it is met."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Json] = []
+        self.edges: list[Json] = []
+        self._ids: dict[object, int] = {}
+        self._described: set[object] = set()
+
+    def number(self, what: object) -> int:
+        """Return the number of a node or parent."""
+        return self._ids.setdefault(what, len(self._ids) + 1)
+
+    def add_node(self, what: object, name: str, kind: str) -> None:
+        """Take in a node or parent, unless it is there."""
+        if what not in self._described:
+            self._described.add(what)
+            self.nodes.append({"id": self.number(what), "name": name, "type": kind})
+
+    def add_edge(self, edge: Child) -> None:
+        """Take in an edge, and its parent if that is not a node."""
+        parent = edge.parent
+        if isinstance(parent, Job):
+            self.add_node(parent, parent.id, "block-job")
+        elif not isinstance(parent, Node):
+            self.add_node(parent, "", "block-backend")
+        self.edges.append(
+            {
+                "parent": self.number(parent),
+                "child": self.number(edge.node),
+                "name": edge.name,
+                "perm": permissions.names(edge.perm)[::-1],  # in QEMU's order
+                "shared-perm": permissions.names(edge.shared)[::-1],
+            }
+        )
+
+
+# --- disks as devices ----------------------------------------------------------------------------
+
+
+def device_path(disk: str) -> str:
+    """Return the path under which a program written for QEMU finds the device of a disk."""
+    return f"/machine/peripheral/{disk}/virtio-backend"
+
+
+async def _query_block(context: Context, _arguments: Arguments) -> Json:
+    """Describe all disks that are served, as if each were a drive of a virtual machine."""
+    found: list[Json] = []
+    for disk in context.fleece.disks():
+        about: dict[str, Json] = {
+            "device": disk.name,
+            "qdev": device_path(disk.name),
+            "type": "unknown",
+            "removable": False,
+            "locked": False,
+            "io-status": "ok",
+        }
+        top = _top(disk)
+        if top is not None:
+            limits = describe_limit(disk.export.node)
+            about["inserted"] = {**await describe(top), **limits}
+        found.append(about)
+    return found
+
+
+async def _query_stats(context: Context, arguments: Arguments) -> Json:
+    """Give the counters of all disks or, with `query-nodes`, of all nodes."""
+    if arguments.boolean("query-nodes", default=False):
+        return [_node_stats(node) for node in context.graph]
+    found: list[Json] = []
+    for disk in context.fleece.disks():
+        top = _top(disk)
+        if top is not None:
+            about = {"device": disk.name, "qdev": device_path(disk.name)}
+            stats: dict[str, Json] = {"stats": export_stats(disk.export)}
+            found.append({**about, **_node_stats(top), **stats})
+    return found
+
+
+def _node_stats(node: Node) -> Mapping[str, Json]:
+    about: dict[str, Json] = {"node-name": node.name, "stats": node_stats(node)}
+    if node.file is not None:
+        about["parent"] = _node_stats(node.file.node)
+    return about
+
+
+def _top(disk: Disk) -> Node | None:
+    """Return the node that the guest writes to, or None when the disk is on its way out."""
+    try:
+        return disk.top
+    except CommandError:
+        return None
+
+
+COMMANDS: Final = (
+    Command("blockdev-add", OPTIONS, _add, returns=_NOTHING),
+    Command("blockdev-del", Struct({"node-name": String()}), _del, returns=_NOTHING),
+    Command("blockdev-reopen", Struct({"options": Array(OPTIONS)}), _reopen, returns=_NOTHING),
+    Command(
+        "block_resize",
+        Struct({"size": Integer()}, {"device": String(), "node-name": String()}),
+        _resize,
+        returns=_NOTHING,
+    ),
+    Command(
+        "block-set-write-threshold",
+        Struct({"node-name": String(), "write-threshold": _UINT64}),
+        _set_write_threshold,
+        returns=_NOTHING,
+    ),
+    Command("query-named-block-nodes", Struct(optional={"flat": Boolean()}), _query_nodes),
+    Command("query-block", _NOTHING, _query_block),
+    Command("query-blockstats", Struct(optional={"query-nodes": Boolean()}), _query_stats),
+    Command("x-debug-query-block-graph", _NOTHING, _query_graph, features=("unstable",)),
+)

@@ -1,0 +1,242 @@
+"""Random changes of the graph while guests write and read, byte for byte.
+
+Four guests use two disks. One disk is an export over nodes made by QMP, whose chain of filters is
+added to, re-pointed, reopened and deleted from; the other is a disk of ours, above which the
+filters of snapshots come and go. Every change either succeeds, or is refused and changes nothing. A
+guest notices neither: all its requests succeed, and what it reads is what it wrote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from nbdfleece.cli.client import Client, CommandFailed
+from tests.support.daemon_process import Daemon, make_disk
+from tests.support.live import client, descriptors, eventually, read_export, serving
+from tests.support.nbd_client import NbdClient
+
+SIZE = 1 << 20
+PART = SIZE // 2  # each guest has half a disk of its own
+NORMAL, LONG = 300, 10_000
+MOST_NODES, MOST_SNAPSHOTS = 6, 3
+
+
+class Guest:
+    """Writes and reads at random in its part of a disk until told to stop."""
+
+    def __init__(self, one: NbdClient, start: int, rng: random.Random) -> None:
+        self.one = one
+        self.start = start
+        self.rng = rng
+        self.model = bytearray(PART)
+        self.requests = 0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            offset = self.rng.randrange(PART)
+            length = min(PART - offset, self.rng.choice((1, 512, 4096, 65536, 100_001)))
+            place = slice(offset, offset + length)
+            match self.rng.randrange(6):
+                case 0 | 1 | 2:
+                    data = self.rng.randbytes(length)
+                    await self.one.write(self.start + offset, data)
+                    self.model[place] = data
+                case 3:
+                    await self.one.zero(self.start + offset, length)
+                    self.model[place] = bytes(length)
+                case 4:
+                    await self.one.flush()
+                case _:
+                    found = await self.one.read(self.start + offset, length)
+                    assert found == self.model[place], f"{length} bytes at {self.start + offset}"
+            self.requests += 1
+
+
+class Changes:
+    """Makes random changes over one monitor."""
+
+    def __init__(self, monitor: Client, image: Path, rng: random.Random) -> None:
+        self.monitor = monitor
+        self.image = image
+        self.rng = rng
+        self.files: dict[str, object] = {"top": "file"}  # of nodes of driver raw, by node
+        self.snapshots: list[str] = []
+        self.made = 0
+        self.done: dict[str, int] = {}
+        self.refused = 0
+
+    async def ask(self, command: str, **arguments: object) -> object:
+        spelled = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return await asyncio.to_thread(self.monitor.execute, command, spelled)
+
+    async def set_up(self) -> None:
+        await self.ask("blockdev-add", **self.file_options())
+        await self.ask("blockdev-add", **self.raw_options("top", "file"))
+        await self.ask(
+            "block-export-add", type="nbd", id="live", name="live", node_name="top", writable=True
+        )
+
+    async def take_down(self) -> None:
+        await self.ask("block-export-del", id="live", mode="hard")
+        for snapshot in self.snapshots:
+            await self.ask("fleece-snapshot-delete", disk="vda", snapshot=snapshot, force=True)
+        while self.files:
+            used = set(self.files.values())
+            for name in [name for name in self.files if name not in used]:
+                await self.ask("blockdev-del", node_name=name)
+                del self.files[name]
+        await self.ask("blockdev-del", node_name="file")
+
+    def file_options(self) -> dict[str, object]:
+        return {
+            "driver": "file",
+            "node-name": "file",
+            "filename": str(self.image),
+            "discard": self.rng.choice(("ignore", "unmap")),
+        }
+
+    def raw_options(self, name: str, file: object) -> dict[str, object]:
+        discard = self.rng.choice(("ignore", "unmap"))
+        return {"driver": "raw", "node-name": name, "file": file, "discard": discard}
+
+    async def one(self) -> None:
+        kinds = (self.add, self.delete, self.rewire, self.rewire, self.reopen_file, self.snapshot)
+        change = self.rng.choice((*kinds, self.wrong))
+        try:
+            await change()
+        except CommandFailed as error:
+            text = str(error)
+            assert "internal error" not in text, text
+            assert any(part in text for part in EXPECTED), text
+            self.refused += 1
+        else:
+            self.done[change.__name__] = self.done.get(change.__name__, 0) + 1
+
+    async def add(self) -> None:
+        if len(self.files) >= MOST_NODES:
+            return
+        self.made += 1
+        name, file = f"n{self.made}", self.rng.choice(["file", *self.files])
+        await self.ask("blockdev-add", **self.raw_options(name, file))
+        self.files[name] = file
+
+    async def delete(self) -> None:
+        name = self.rng.choice(sorted(self.files))
+        await self.ask("blockdev-del", node_name=name)
+        del self.files[name]
+
+    async def rewire(self) -> None:
+        """Reopen one to three nodes with files chosen at random: often a cycle."""
+        names = self.rng.sample(sorted(self.files), self.rng.randrange(min(3, len(self.files))) + 1)
+        files = {name: self.rng.choice(["file", *sorted(self.files)]) for name in names}
+        options = [self.raw_options(name, file) for name, file in files.items()]
+        if self.rng.random() < 0.2:
+            options.append(self.raw_options("nobody", "file"))
+        await self.ask("blockdev-reopen", options=options)
+        self.files.update(files)
+
+    async def reopen_file(self) -> None:
+        options = self.file_options()
+        options["cache"] = {"direct": self.rng.random() < 0.3}
+        options["read-only"] = self.rng.random() < 0.2
+        await self.ask("blockdev-reopen", options=[options])
+        assert not options["read-only"], "somebody writes it"
+
+    async def snapshot(self) -> None:
+        if len(self.snapshots) < MOST_SNAPSHOTS and self.rng.random() < 0.6:
+            self.made += 1
+            await self.ask("fleece-snapshot-create", disks=["vda"], name=f"s{self.made}")
+            self.snapshots.append(f"s{self.made}")
+        elif self.snapshots:
+            name = self.snapshots.pop(self.rng.randrange(len(self.snapshots)))
+            await self.ask("fleece-snapshot-delete", disk="vda", snapshot=name)
+
+    async def wrong(self) -> None:
+        command, arguments = self.rng.choice(WRONG)
+        await self.ask(command, **arguments)
+        raise AssertionError(f"{command} {arguments} was not refused")
+
+
+WRONG: tuple[tuple[str, dict[str, object]], ...] = (
+    ("blockdev-add", {"driver": "null-co", "node-name": "top"}),
+    ("blockdev-add", {"driver": "raw", "node-name": "x", "file": "nobody"}),
+    ("blockdev-add", {"driver": "raw", "node-name": "x", "file": {"driver": "raw", "file": "no"}}),
+    ("blockdev-del", {"node_name": "vda"}),
+    ("blockdev-reopen", {"options": [{"driver": "raw", "node-name": "top", "file": "top"}]}),
+    (
+        "blockdev-reopen",
+        {"options": [{"driver": "raw", "node-name": "top", "file": "file", "size": 512}]},
+    ),
+    ("block_resize", {"node_name": "file", "size": 512}),
+)
+
+EXPECTED = (
+    "Duplicate nodes",
+    "Cannot find device=",
+    "Failed to find node",
+    "is in use",
+    "would create a cycle",
+    "Permission conflict",
+    "cannot support read-write users",
+    "has no other value",
+    "may not support O_DIRECT",
+    "is not owned by the monitor",
+)
+
+
+async def names(changes: Changes) -> list[str]:
+    found = await changes.ask("query-named-block-nodes", flat=True)
+    assert isinstance(found, list)
+    return sorted(row["node-name"] for row in found)
+
+
+async def load(daemon: Daemon, changes: Changes, rng: random.Random, count: int) -> None:
+    """Run the guests and make `count` changes meanwhile; then look at both disks."""
+    async with (
+        client(daemon, "live") as a,
+        client(daemon, "live") as b,
+        client(daemon, "vda") as d,
+        client(daemon, "vda") as e,
+    ):
+        guests = [
+            Guest(one, start, random.Random(rng.random()))
+            for one, start in ((a, 0), (b, PART), (d, 0), (e, PART))
+        ]
+        stop = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            for guest in guests:
+                tasks.create_task(guest.run(stop))
+            try:
+                for _ in range(count):
+                    await changes.one()
+            finally:
+                stop.set()
+        assert min(guest.requests for guest in guests) > 0
+    for export, (first, second) in (("live", guests[:2]), ("vda", guests[2:])):
+        assert await read_export(daemon, export) == first.model + second.model, export
+
+
+@pytest.mark.deadline(1500)
+async def test_guests_do_not_notice(
+    short_tmp: Path, rng: random.Random, long_run: bool, seed: int
+) -> None:
+    disk, image = (make_disk(short_tmp / name, SIZE) for name in ("vda.raw", "image.raw"))
+    for path in (disk, image):
+        path.write_bytes(bytes(SIZE))
+    with serving(short_tmp, disk) as daemon, Client(str(daemon.control)) as monitor:
+        changes = Changes(monitor, image, rng)
+        before, open_before = await names(changes), descriptors(daemon)
+        await changes.set_up()
+        await load(daemon, changes, rng, LONG if long_run else NORMAL)
+        await changes.take_down()
+
+        print(f"done {changes.done}, refused {changes.refused}")
+        wanted = {"add", "delete", "rewire", "reopen_file", "snapshot"}
+        assert set(changes.done) == wanted
+        assert await names(changes) == before
+        await eventually(lambda: len(descriptors(daemon)) <= len(open_before))
+        assert daemon.stop() == 0
