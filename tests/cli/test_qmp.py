@@ -154,6 +154,7 @@ def test_the_prompt_completes_and_shows_events(daemon: Daemon, short_tmp: Path) 
         terminal.wait_for("qmp> query-ver")
         terminal.type("sion\n")
         terminal.wait_for('"package"')
+        terminal.wait_for("qmp> ")  # before it, the terminal takes the key as its own
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
 
