@@ -56,7 +56,7 @@ def documented(text: str) -> float | tuple[float, ...]:
 
 
 def actual() -> dict[str, object]:
-    names = re.findall(r"^([A-Z_]+): Final", Path(limits.__file__).read_text(), re.MULTILINE)
+    names = re.findall(r"^([A-Z0-9_]+): Final", Path(limits.__file__).read_text(), re.MULTILINE)
     return {name: getattr(limits, name) for name in names}
 
 

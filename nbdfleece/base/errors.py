@@ -6,6 +6,7 @@
       ConfigError        the daemon does not start             cli: exit 2, one line
       PeerViolation      this connection dies                  log, close
       OptionRefused      this option is refused                option reply, haggling goes on
+      ImageError         this image is damaged, or not understood; becomes one of the next two
       IoError            this request fails; carries an errno  NBD error through errno_map
       CommandError       this command fails                    QMP error reply
         NotFound         ... because what it names is not there
@@ -45,6 +46,14 @@ class OptionRefused(NbdfleeceError):
         super().__init__(text)
         self.reply = reply
         self.text = text
+
+
+class ImageError(NbdfleeceError):
+    """The bytes of a disk image are not what its format demands, or ask for what is not built.
+
+    Raised by `formats`. It becomes a CommandError when an image is opened, and an IoError (EIO)
+    when a request meets it.
+    """
 
 
 class IoError(NbdfleeceError):

@@ -89,6 +89,13 @@ MAX_SIZE: Final = (1 << 63) - 1  # of a node: sizes from 2^63 break clients (CVE
 QUIET_TIMEOUT_S: Final = 10.0  # work on files, or requests of a hard removal, may take so long
 QUIET_MOMENTS_S: Final = (0.2, 0.4, 0.8, 1.6, 2.0)  # a graph change stops guests so long per try
 
+# --- qcow2 images ----------------------------------------------------------------------------
+MAX_QCOW2_L1: Final = 32 * MiB  # bytes of an L1 table, which is kept in memory; as QEMU
+MAX_QCOW2_REFCOUNT_TABLE: Final = 8 * MiB  # bytes of the refcount table, likewise; as QEMU
+MAX_QCOW2_SNAPSHOTS: Final = 65536  # internal snapshots of an image; as QEMU
+MAX_QCOW2_BACKING_NAME: Final = 1023  # bytes; the format's own bound
+MAX_QCOW2_EXTENSIONS: Final = 256  # header extensions of an image; five are known
+
 # --- jobs ------------------------------------------------------------------------------------
 BACKUP_CLUSTER: Final = 64 * KiB  # unit of a backup, at least; as QEMU
 JOB_WORKERS: Final = 16  # pieces of a job in flight: a file has no more threads
