@@ -1,88 +1,390 @@
 """Dirty bitmaps: which granules of a node have been written.
 
 A bit covers [i * granularity, (i + 1) * granularity), cut at the end of the node. Marking rounds
-outwards. Successors, merging and persistence come with the backup part; this is what
-copy-before-write's `bitmap` option and the marking of writes need.
+outwards.
 
-Follows: QEMU block/dirty-bitmap.c; the states as BlockDirtyInfo reports them.
+While somebody works with a bitmap (a backup, a snapshot) it is frozen: it stands still, and an
+anonymous bitmap, its successor, records in its place::
+
+    freeze      A            ->  A (busy, not recording) + successor (recording if A was)
+    abdicate    A+successor  ->  the successor, under A's name    what A held has been dealt with
+    reclaim     A+successor  ->  A united with the successor      nothing is forgotten
+
+Invariants
+  D1  A bit is set because of a write by `mark`, which block.node calls; commands alone clear it.
+  D2  A bitmap with a successor is busy and does not record.
+  D3  What a store holds of a bitmap is never less than the bitmap, united with its successor: a bit
+      is in the store before `mark` returns, and is taken out of the store by `settle` alone.
+
+Follows: QEMU block/dirty-bitmap.c and util/hbitmap.c (the form that is hashed).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import itertools
+from typing import TYPE_CHECKING, Final, Protocol
 
-from nbdfleece.base.errors import CommandError
-from nbdfleece.base.units import ceil_div, is_power_of_2
-from nbdfleece.datapath.states import StateMap
+from nbdfleece.base.errors import CommandError, InUse, NotFound
+from nbdfleece.base.extent import Extent
+from nbdfleece.base.limits import MAX_BITMAP_NAME, MAX_BITMAP_RUNS
+from nbdfleece.base.units import KiB, ceil_div, is_power_of_2
+from nbdfleece.datapath.states import PAGE, StateMap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, MutableMapping
 
-_CLEAN, _DIRTY = 0, 1
+    from nbdfleece.block.node import Node
+
+_CLEAN: Final = 0
+_DIRTY: Final = 1
+DIRTY: Final = 1 << 0  # flag of an extent of `status`; as NBD's qemu:dirty-bitmap has it
+
+_MIN_GRANULARITY: Final = 512
+_DEFAULT_GRANULARITY: Final = (4 * KiB, 64 * KiB)
+_WORD: Final = 64  # bits
+_DIGITS: Final = bytes.maketrans(b"\0\1", b"01")
+
+_anonymous = itertools.count(1)
+
+
+class BitmapStore(Protocol):
+    """Where a persistent bitmap outlives the process."""
+
+    def record(self, first: int, last: int) -> None:
+        """Make the granules [first, last) dirty, before this returns. Cannot fail.
+
+        What cannot be kept makes the store say, from now on, that it cannot be trusted.
+        """
+
+    def settle(self, bitmap: DirtyBitmap) -> None:
+        """Take out what is clean in `bitmap` and in its successor; keep whether it records."""
+
+    def resize(self, bitmap: DirtyBitmap) -> None:
+        """Follow the bitmap to its new size."""
 
 
 class DirtyBitmap:
     """A dirty bitmap of one node.
 
     Attributes:
-        name: Unique on its node.
-        granularity: Bytes per bit, a power of two of at least 512.
+        name: Unique on its node; empty: anonymous.
+        granularity: Bytes per bit, a power of two from 512 to 2 GiB.
         size: Bytes covered: the size of the node.
         enabled: Writes are recorded.
         busy: Somebody uses it; it may not be changed or used by others.
+        readonly: It belongs to an image that cannot be written.
         inconsistent: Its content cannot be trusted; it can only be removed.
+        reason: Why it is inconsistent, for people; may be empty.
+        persistent: It outlives the process.
+        store: Where it is kept as it changes; None: nowhere (or at the close of its image).
+        successor: What records while this is frozen, or None.
     """
 
+    __slots__ = (
+        "_bits",
+        "_shift",
+        "busy",
+        "enabled",
+        "granularity",
+        "inconsistent",
+        "name",
+        "persistent",
+        "readonly",
+        "reason",
+        "size",
+        "store",
+        "successor",
+    )
+
     def __init__(self, name: str, *, size: int, granularity: int, enabled: bool) -> None:
-        if not is_power_of_2(granularity) or granularity < 512:
-            raise CommandError("Granularity must be a power of 2 and at least 512")
+        check_granularity(granularity)
         self.name = name
         self.granularity = granularity
         self.size = size
         self.enabled = enabled
         self.busy = False
+        self.readonly = False
         self.inconsistent = False
+        self.reason = ""
+        self.persistent = False
+        self.store: BitmapStore | None = None
+        self.successor: DirtyBitmap | None = None
+        self._shift = granularity.bit_length() - 1
         self._bits = StateMap(ceil_div(size, granularity))
+
+    @property
+    def recording(self) -> bool:
+        """Whether writes are recorded, here or in the successor (as QMP reports it)."""
+        return self.enabled or (self.successor is not None and self.successor.enabled)
+
+    # --- writes ----------------------------------------------------------------------------------
 
     def mark(self, offset: int, length: int) -> None:
         """Record a write, if the bitmap records now."""
         if self.enabled:
-            self.set(offset, length)
+            shift = self._shift
+            first, last = offset >> shift, (offset + length - 1 >> shift) + 1
+            # Most writes go where others have been.
+            if self._bits.uniform(first, last) != _DIRTY:
+                self._set(first, last)
+
+    def _set(self, first: int, last: int) -> None:
+        if self.store is not None:
+            self.store.record(first, last)  # D3
+        self._bits.fill(first, last, _DIRTY)
+
+    # --- content ---------------------------------------------------------------------------------
 
     def set(self, offset: int, length: int) -> None:
-        """Make every granule that the range touches dirty."""
-        first = offset // self.granularity
-        self._bits.fill(first, ceil_div(offset + length, self.granularity), _DIRTY)
+        """Make every granule that the range touches dirty, whether the bitmap records or not."""
+        if length:
+            self._set(offset >> self._shift, (offset + length - 1 >> self._shift) + 1)
 
-    def clear(self) -> None:
-        """Make every granule clean."""
-        self._bits = StateMap(ceil_div(self.size, self.granularity))
+    def take(self) -> StateMap:
+        """Make every granule clean and return the content, for `put_back`; a store lags (D3)."""
+        taken, self._bits = self._bits, StateMap(len(self._bits))
+        return taken
+
+    def put_back(self, taken: StateMap) -> None:
+        """Have the content again that `take` or `copy` returned."""
+        assert len(taken) == len(self._bits), "the bitmap has been resized"
+        self._bits = taken
+
+    def copy(self) -> StateMap:
+        """Return a copy of the content, for `put_back`."""
+        return self._bits.copy()
+
+    def unite(self, other: DirtyBitmap) -> None:
+        """Make dirty what is dirty in `other`, of the same size; rounds outwards."""
+        assert other.size == self.size, "bitmaps of nodes of different sizes"
+        if other is not self:
+            for offset, length in other.dirty_ranges():
+                self.set(offset, length)
+
+    def settle(self) -> None:
+        """Have the store hold this and no more: behind whatever was not a write."""
+        if self.store is not None:
+            self.store.settle(self)
 
     def resize(self, size: int) -> None:
         """Follow the node to its new size: what is gone is forgotten, what is new is clean."""
-        assert not self.busy, f"bitmap '{self.name}' is busy"
         bits = StateMap(ceil_div(size, self.granularity))
-        for first, last in self._runs():
+        for first, last in self.runs():
             if first < len(bits):
                 bits.fill(first, min(last, len(bits)), _DIRTY)
         self.size, self._bits = size, bits
+        if self.store is not None and self.name:
+            self.store.resize(self)
 
     def count(self) -> int:
         """Return dirty granules times granularity, in bytes (as QMP reports it)."""
-        return sum(last - first for first, last in self._runs()) * self.granularity
+        return self._bits.count(_DIRTY) * self.granularity
 
     def dirty_ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield (offset, length) of every dirty run, in order."""
-        for first, last in self._runs():
-            offset = first * self.granularity
-            yield offset, min(last * self.granularity, self.size) - offset
+        """Yield (offset, length) of every dirty run, in order; nothing may change meanwhile."""
+        for first, last in self.runs():
+            offset = first << self._shift
+            yield offset, min(last << self._shift, self.size) - offset
 
-    def _runs(self) -> Iterator[tuple[int, int]]:
-        index, count = 0, len(self._bits)
-        while index < count:
-            first = self._bits.find(_DIRTY, index, count)
-            if first < 0:
-                return
-            last = self._bits.run_end(first, count)
-            yield first, last
-            index = last
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """As `dirty_ranges`, in granules [first, last)."""
+        start, end = 0, 0  # a run that may go on in the next page
+        for base, page in self._bits.pages():
+            size = min(PAGE, len(self._bits) - base)
+            if isinstance(page, int):
+                found = [(base, base + size)] if page == _DIRTY else []
+            else:
+                found = [(base + first, base + last) for first, last in _page_runs(page, size)]
+            for first, last in found:
+                if first == end:
+                    end = last
+                    continue
+                if end > start:
+                    yield start, end
+                start, end = first, last
+        if end > start:
+            yield start, end
+
+    async def status(self, offset: int, length: int) -> list[Extent]:
+        """Return extents from `offset` on, flags DIRTY or 0: a status function of the data path."""
+        bits, shift = self._bits, self._shift
+        index, last = offset >> shift, (offset + length - 1 >> shift) + 1
+        extents: list[Extent] = []
+        while index < last and len(extents) < MAX_BITMAP_RUNS:
+            stop = bits.run_end(index, last)
+            start, end = max(offset, index << shift), min(stop << shift, self.size)
+            extents.append(Extent(start, end - start, bits.get(index) and DIRTY))
+            index = stop
+        return extents
+
+    def packed(self) -> Iterator[tuple[int, bytes]]:
+        """Yield (first granule, bits) of parts that are not all clean, in order.
+
+        Eight granules per byte, the first in the lowest bit; each part begins at a multiple of
+        16384 granules and ends at a whole 64-bit word.
+        """
+        for base, page in self._bits.pages():
+            size = min(PAGE, len(self._bits) - base)
+            if page == _CLEAN:
+                continue
+            states = b"\1" * size if isinstance(page, int) else page[:size]
+            digits = states.translate(_DIGITS)[::-1]
+            yield base, int(digits, 2).to_bytes(ceil_div(size, _WORD) * _WORD // 8, "little")
+
+    def sha256(self) -> str:
+        """Return the hash, in hex, of all bits as 64-bit words, as QEMU has it."""
+        found = hashlib.sha256()
+        done = 0
+        total = max(1, ceil_div(len(self._bits), _WORD)) * _WORD // 8
+        zeroes = bytes(min(total, PAGE * KiB // 8))
+        for base, bits in self.packed():
+            _hash_zeroes(found, base // 8 - done, zeroes)
+            found.update(bits)
+            done = base // 8 + len(bits)
+        _hash_zeroes(found, total - done, zeroes)
+        return found.hexdigest()
+
+    # --- use -------------------------------------------------------------------------------------
+
+    def check_usable(self, *, to_change: bool) -> None:
+        """Check that nobody uses the bitmap and that its content can be trusted.
+
+        Args:
+            to_change: It is to be changed, too.
+
+        Raises:
+            InUse: It is busy.
+            CommandError: It is inconsistent or, to be changed, read-only.
+        """
+        self.check_idle()
+        if to_change and self.readonly:
+            raise CommandError(f"Bitmap '{self.name}' is readonly and cannot be modified")
+        if self.inconsistent:
+            why = f" ({self.reason})" if self.reason else ""
+            raise CommandError(f"Bitmap '{self.name}' is inconsistent and cannot be used{why}")
+
+    def check_idle(self) -> None:
+        """Check that nobody uses the bitmap.
+
+        Raises:
+            InUse: Somebody does.
+        """
+        if self.busy or self.successor is not None:
+            raise InUse(
+                f"Bitmap '{self.name}' is currently in use by another operation and cannot be used"
+            )
+
+
+def _page_runs(page: bytearray, size: int) -> Iterator[tuple[int, int]]:
+    first = page.find(_DIRTY, 0, size)
+    while first >= 0:
+        last = page.find(_CLEAN, first, size)
+        if last < 0:
+            last = size
+        yield first, last
+        first = page.find(_DIRTY, last, size)
+
+
+def _hash_zeroes(found: hashlib._Hash, count: int, zeroes: bytes) -> None:
+    while count > 0:
+        piece = min(count, len(zeroes))
+        found.update(memoryview(zeroes)[:piece])
+        count -= piece
+
+
+# --- the bitmaps of a node -----------------------------------------------------------------------
+
+
+def check_granularity(granularity: int) -> None:
+    """Check what a bit is to cover.
+
+    Raises:
+        CommandError: Not a power of two of at least 512.
+    """
+    if granularity < _MIN_GRANULARITY or not is_power_of_2(granularity):
+        raise CommandError("Granularity must be power of 2 and at least 512")
+
+
+def default_granularity(node: Node) -> int:
+    """Return what a bit of a bitmap of `node` covers where nobody says: 4 to 64 KiB."""
+    low, high = _DEFAULT_GRANULARITY
+    cluster = node.driver.cluster_size()
+    return high if cluster <= 1 else min(max(low, cluster), high)
+
+
+def new_bitmap(node: Node, name: str, granularity: int | None, *, enabled: bool) -> DirtyBitmap:
+    """Return a new bitmap for `node`, which does not have it yet.
+
+    Raises:
+        CommandError: The name is empty, too long or taken, or the granularity is none.
+    """
+    if not name:
+        raise CommandError("Bitmap name cannot be empty")
+    if granularity is None:
+        granularity = default_granularity(node)
+    check_granularity(granularity)
+    if name in node.bitmaps:
+        raise CommandError(f"Bitmap already exists: {name}")
+    if len(name.encode(errors="surrogateescape")) > MAX_BITMAP_NAME:
+        raise CommandError(f"Bitmap name too long: {name}")
+    return DirtyBitmap(name, size=node.size, granularity=granularity, enabled=enabled)
+
+
+def find_bitmap(node: Node, name: str) -> DirtyBitmap:
+    """Return the bitmap of `node` called `name`.
+
+    Raises:
+        NotFound: There is none.
+    """
+    bitmap = node.bitmaps.get(name)
+    if bitmap is None or bitmap.name != name:
+        raise NotFound(f"Dirty bitmap '{name}' not found")
+    return bitmap
+
+
+def freeze(bitmaps: MutableMapping[str, DirtyBitmap], bitmap: DirtyBitmap) -> None:
+    """Make a bitmap stand still, and its successor record; no write may be in flight.
+
+    Raises:
+        InUse: It is in use.
+        CommandError: It cannot be used.
+    """
+    bitmap.check_usable(to_change=False)
+    successor = DirtyBitmap(
+        "", size=bitmap.size, granularity=bitmap.granularity, enabled=bitmap.enabled
+    )
+    successor.store = bitmap.store  # it keeps both until one of them is gone (D3)
+    bitmap.successor = successor
+    bitmap.enabled = False
+    bitmap.busy = True
+    bitmaps[f"\0{next(_anonymous)}"] = successor
+
+
+def abdicate(bitmaps: MutableMapping[str, DirtyBitmap], bitmap: DirtyBitmap) -> DirtyBitmap:
+    """Let the successor take over; what the bitmap held is forgotten. Returns the successor."""
+    successor = _drop_successor(bitmaps, bitmap)
+    successor.name = bitmap.name
+    successor.persistent = bitmap.persistent
+    bitmaps[bitmap.name] = successor
+    successor.settle()
+    return successor
+
+
+def reclaim(bitmaps: MutableMapping[str, DirtyBitmap], bitmap: DirtyBitmap) -> DirtyBitmap:
+    """Let the bitmap record again, united with what its successor has recorded. Returns it."""
+    successor = _drop_successor(bitmaps, bitmap)
+    bitmap.unite(successor)
+    bitmap.enabled = successor.enabled
+    bitmap.settle()
+    return bitmap
+
+
+def _drop_successor(bitmaps: MutableMapping[str, DirtyBitmap], bitmap: DirtyBitmap) -> DirtyBitmap:
+    successor = bitmap.successor
+    assert successor is not None, f"bitmap '{bitmap.name}' is not frozen"
+    key = next(key for key, found in bitmaps.items() if found is successor)
+    del bitmaps[key]
+    bitmap.successor = None
+    bitmap.busy = False
+    return successor

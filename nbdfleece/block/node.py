@@ -7,7 +7,8 @@ Invariants
   N1  `file` and `backing` are derived from `children`, and are set and cleared only in
       `child_attached` and `child_detached`.
   N2  A write, zero write or discard marks every recording bitmap of the node when it ends, whether
-      or not it succeeded: part of a failed write may have landed.
+      or not it succeeded: part of a failed write may have landed. It has marked those that are kept
+      in a store before it began: the process may die in between.
   N3  `in_flight` is the number of requests between entry and exit, background work included.
   N4  A drained node begins nothing new by itself and its parents send nothing new; requests that
       are already inside the graph pass through to their end.
@@ -184,8 +185,11 @@ class Node:
                     waiter.set_result(None)
 
     def plain_file(self) -> FileIo | None:
-        """Return the open file, when using it directly is the same as using this node."""
-        if self.bitmaps or self.read_only or self.write_threshold or self.accounting:
+        """Return the open file, when using it directly is the same as using this node.
+
+        Whoever writes to it calls `mark_before` and `mark_after` (N2).
+        """
+        if self.read_only or self.write_threshold or self.accounting:
             return None
         return self.driver.plain_file()
 
@@ -232,11 +236,13 @@ class Node:
         if self.write_threshold:
             self._check_threshold(offset + len(data))
         self.in_flight += 1
+        if self.bitmaps:
+            self.mark_before(offset, len(data))
         try:
             await self.verbs.write(offset, data, fua=fua)
         finally:
             if self.bitmaps:
-                self._mark(offset, len(data))
+                self.mark_after(offset, len(data))
             self.leave()
 
     async def write_zeroes(
@@ -253,6 +259,8 @@ class Node:
         if self.write_threshold:
             self._check_threshold(offset + length)
         self.in_flight += 1
+        if self.bitmaps:
+            self.mark_before(offset, length)
         try:
             try:
                 await self.verbs.write_zeroes(
@@ -268,7 +276,7 @@ class Node:
                 await self._write_zero_pieces(offset, length, fua=fua)
         finally:
             if self.bitmaps:
-                self._mark(offset, length)
+                self.mark_after(offset, length)
             self.leave()
 
     async def discard(self, offset: int, length: int) -> None:
@@ -281,13 +289,15 @@ class Node:
         """
         self._check_write("discard", offset, length)
         self.in_flight += 1
+        if self.bitmaps:
+            self.mark_before(offset, length)
         try:
             # A filter must see even a discard that the node below will ignore.
             if self.discard_enabled or self.driver.is_filter:
                 await self.verbs.discard(offset, length)
         finally:
             if self.bitmaps:
-                self._mark(offset, length)
+                self.mark_after(offset, length)
             self.leave()
 
     async def flush(self) -> None:
@@ -324,6 +334,17 @@ class Node:
             return await self.driver.allocation_depth(offset, length)
         finally:
             self.leave()
+
+    def mark_before(self, offset: int, length: int) -> None:
+        """Mark the bitmaps that are to know of a write before it begins (N2)."""
+        for bitmap in self.bitmaps.values():
+            if bitmap.store is not None:
+                bitmap.mark(offset, length)
+
+    def mark_after(self, offset: int, length: int) -> None:
+        """Mark all recording bitmaps: a write has ended, however it did (N2)."""
+        for bitmap in self.bitmaps.values():
+            bitmap.mark(offset, length)
 
     # --- size ------------------------------------------------------------------------------
 
@@ -392,10 +413,6 @@ class Node:
         if exceeded > 0 and self.threshold_exceeded is not None:
             self.threshold_exceeded(self, exceeded)
             self.write_threshold = 0
-
-    def _mark(self, offset: int, length: int) -> None:
-        for bitmap in self.bitmaps.values():
-            bitmap.mark(offset, length)
 
     async def _write_zero_pieces(self, offset: int, length: int, *, fua: bool) -> None:
         end = offset + length

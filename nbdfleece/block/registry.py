@@ -27,6 +27,7 @@ from nbdfleece.base.errors import CommandError, NotFound
 from nbdfleece.base.keyval import Spelled
 from nbdfleece.base.units import GiB
 from nbdfleece.block import permissions as perms
+from nbdfleece.block.bitmap import find_bitmap
 from nbdfleece.block.child import Role
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.drivers.fault import EVENTS, BlkdebugDriver, Injection, IoType, StateChange
@@ -41,7 +42,6 @@ from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
 from nbdfleece.block.drivers.throttle import ThrottleDriver
 
 if TYPE_CHECKING:
-    from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.driver import Driver
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
@@ -519,18 +519,11 @@ def _copy_before_write(options: Options) -> Build:
             on_cbw_error=on_cbw_error,
             cbw_timeout_s=float(timeout_s) if timeout_s else None,
             min_cluster_size=min_cluster_size,
-            bitmap=None if where is None else _find_bitmap(graph, *where),
+            bitmap=None if where is None else find_bitmap(graph.find(where[0]), where[1]),
             temp_limit=None,
         )
 
     return build
-
-
-def _find_bitmap(graph: Graph, node_name: str, name: str) -> DirtyBitmap:
-    bitmap = graph.find(node_name).bitmaps.get(name)
-    if bitmap is None:
-        raise CommandError(f"Dirty bitmap '{name}' not found")
-    return bitmap
 
 
 def _snapshot_access(options: Options) -> Build:

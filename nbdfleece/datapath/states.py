@@ -18,7 +18,10 @@ Invariants
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _SHIFT: Final = 14
 PAGE: Final = 1 << _SHIFT
@@ -136,6 +139,23 @@ class StateMap:
             start = first & _MASK
             page[start : start + stop - first] = bytes((state,)) * (stop - first)
             first = stop
+
+    def pages(self) -> Iterator[tuple[int, int | bytearray]]:
+        """Yield (first index, page) of what is not absent, in order: the map may change meanwhile.
+
+        A page that is a bytearray may be longer than what is left of the map behind its first.
+        """
+        for number in sorted(self._pages):
+            yield number << _SHIFT, self._pages[number]
+
+    def copy(self) -> StateMap:
+        """Return another map with the same states."""
+        twin = StateMap(self._count)
+        twin._pages = {
+            number: page if isinstance(page, int) else bytearray(page)
+            for number, page in self._pages.items()
+        }
+        return twin
 
     def span(self, first: int, last: int) -> tuple[bytearray, int, int] | None:
         """Return (page, start, stop) for a worker to set (see S1), or None over several pages."""

@@ -84,6 +84,16 @@ def test_random_history_equals_a_plain_bytearray(
         if last - first < 2000:
             assert states.runs(first, last) == plain.runs(first, last)
     assert states.runs(0, count) == plain.runs(0, count)
+    twin = states.copy()
+    by_pages = bytearray(count)
+    for first, page in states.pages():
+        last = min(count, first + PAGE)
+        by_pages[first:last] = (
+            bytes((page,)) * (last - first) if isinstance(page, int) else page[: last - first]
+        )
+    assert by_pages == plain.states
+    states.fill(0, count, 3)
+    assert twin.runs(0, count) == plain.runs(0, count)
 
 
 def test_marking_a_huge_disk_as_a_whole_takes_no_page_of_bytes() -> None:

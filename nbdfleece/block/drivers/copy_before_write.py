@@ -291,7 +291,7 @@ class CopyBeforeWrite(Driver):
             return False
         source, target = self._source(), self._target()
         source_file, target_file = source.plain_file(), target.plain_file()
-        if source_file is None or target_file is None:
+        if source_file is None or target_file is None or target.bitmaps:
             return False
         claims = [(first, last)]
         if state != UNCOPIED:
@@ -312,9 +312,13 @@ class CopyBeforeWrite(Driver):
             self._wake_moved()
             self._give_way(error)
             return False
+        if source.bitmaps:
+            source.mark_before(offset, len(data))
+        has_reached_source = True
         try:
             await source_file.save_then_write(target_file, saves, self._save_states, offset, data)
         except SaveError as error:
+            has_reached_source = False
             self.saved_bytes -= self._unclaim(claims)
             self._give_way(
                 IoError.from_os(
@@ -323,6 +327,8 @@ class CopyBeforeWrite(Driver):
             )
             return False
         finally:
+            if source.bitmaps and has_reached_source:
+                source.mark_after(offset, len(data))
             self._wake_moved()
             self._give_back_zeroes(saves)
         return True
@@ -701,8 +707,7 @@ class CopyBeforeWrite(Driver):
 
     def _sample(self, bitmap: DirtyBitmap, size: int) -> None:
         """Make everything GONE that is not dirty in `bitmap`, rounded outwards."""
-        if bitmap.busy or bitmap.inconsistent:
-            raise CommandError(f"Bitmap '{bitmap.name}' is busy or inconsistent")
+        bitmap.check_usable(to_change=False)
         if bitmap.size != size:
             raise CommandError(f"Bitmap '{bitmap.name}' has another size than the source")
         self._states.fill(0, len(self._states), GONE)
