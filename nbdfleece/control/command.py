@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from nbdfleece.server.addresses import Address, FdAddress, TcpAddress, UnixAddress
@@ -40,6 +41,7 @@ class Context:
         nbd: The server, as commands start and stop it.
         objects: What `object-add` has made.
         jobs: Backups and other long work.
+        transacting: Held by a transaction (control.transaction); never by requests.
     """
 
     graph: Graph
@@ -52,6 +54,7 @@ class Context:
     nbd: NbdService
     objects: Objects
     jobs: JobManager
+    transacting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def addresses(listener: Listener) -> list[Address]:

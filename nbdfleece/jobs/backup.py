@@ -47,6 +47,7 @@ from nbdfleece.jobs.job import Job, JobOptions, OnError, check_speed
 if TYPE_CHECKING:
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
+    from nbdfleece.jobs.group import JobGroup
     from nbdfleece.jobs.manager import JobManager
 
 _INT_MAX: Final = (1 << 31) - 1
@@ -158,7 +159,11 @@ def check_backup(graph: Graph, jobs: JobManager, options: BackupOptions) -> tupl
 
 
 async def prepare_backup(
-    graph: Graph, jobs: JobManager, options: BackupOptions, job_options: JobOptions
+    graph: Graph,
+    jobs: JobManager,
+    options: BackupOptions,
+    job_options: JobOptions,
+    group: JobGroup | None = None,
 ) -> Job:
     """Make a job and put its filter in; source and target are drained by the caller.
 
@@ -181,7 +186,7 @@ async def prepare_backup(
         discard_enabled=True,
     )
     work = Backup(graph, options, node, driver)
-    job = Job(job_options, work, jobs.news)
+    job = Job(job_options, work, jobs.news, group)
     try:
         jobs.check_id(job_options.id)  # the world may have changed while the filter was made
         graph.insert_filter(node)

@@ -32,6 +32,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Protocol
 
 from nbdfleece.base.errors import CommandError, IoError
+from nbdfleece.jobs.group import JobGroup
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
@@ -219,6 +220,7 @@ class Job:
         options: See JobOptions; the speed has been checked.
         work: What it does.
         news: Where it tells of itself.
+        group: The jobs that it ends together with; None: it is on its own.
 
     Attributes:
         options: See JobOptions; `speed` is the first one.
@@ -232,7 +234,13 @@ class Job:
         edges: Its edges to nodes.
     """
 
-    def __init__(self, options: JobOptions, work: Work, news: Notifier[JobNews]) -> None:
+    def __init__(
+        self,
+        options: JobOptions,
+        work: Work,
+        news: Notifier[JobNews],
+        group: JobGroup | None = None,
+    ) -> None:
         self.options = options
         self.work = work
         self.status = Status.UNDEFINED
@@ -246,7 +254,7 @@ class Job:
         self._pauses = 0  # drained sections, and one for the user
         self._pieces = 0  # in flight
         self._next_piece_at = 0.0  # when the speed allows it, by the loop's clock
-        self._is_finalized = options.auto_finalize
+        self._group = JobGroup() if group is None else group
         self._is_concluding = False
         self._waiters: list[asyncio.Future[None]] = []
 
@@ -277,7 +285,8 @@ class Job:
     # --- what its manager does -----------------------------------------------------------------
 
     def created(self) -> None:
-        """Begin life."""
+        """Begin life, and join the group."""
+        self._group.join(self)
         self._change(Status.CREATED)
 
     def started(self) -> None:
@@ -292,11 +301,10 @@ class Job:
         """
         await self._guarded(self.work.run(self))
         while self._pauses or self.status is Status.PAUSED:
-            await self._changed()
-        if not self.has_failed:
-            self._change(Status.WAITING)
-            self._change(Status.PENDING)
-            await self._wait_finalized()
+            await self.changed()
+        if self.has_failed:
+            self._change(Status.ABORTING)
+        await self._group.settle(self)
         await self._conclude()
 
     async def abandon(self) -> None:
@@ -304,20 +312,12 @@ class Job:
         self.is_cancelled = True
         await self._conclude(silent=True)
 
-    async def _wait_finalized(self) -> None:
-        if not self.options.auto_finalize:
-            self._news.publish(JobPending(self.id, self.work.type))
-        while not self._is_finalized and not self.is_cancelled:
-            await self._changed()
-
     async def _conclude(self, *, silent: bool = False) -> None:
         """Leave the graph, and tell everybody; `silent`: the work had not begun."""
         self._is_concluding = True
-        if self.has_failed:
-            self._change(Status.ABORTING)
+        self._abort_if_failed()
         await self._guarded(self.work.clean())
-        if self.has_failed and self.status is Status.PENDING:
-            self._change(Status.ABORTING)
+        self._abort_if_failed()
         if not silent:
             done, total = self.work.progress()
             self._news.publish(
@@ -334,7 +334,12 @@ class Job:
         self._change(Status.CONCLUDED)
         if self.options.auto_dismiss or silent:
             self._change(Status.NULL)
-        self._wake()
+        self._group.leave(self)
+        self.wake()
+
+    def _abort_if_failed(self) -> None:
+        if self.has_failed and self.status is not Status.ABORTING:
+            self._change(Status.ABORTING)
 
     async def _guarded(self, part: Coroutine[object, None, None]) -> None:
         """Await a part of the job; what it raises fails the job. This is the job boundary."""
@@ -346,6 +351,41 @@ class Job:
         except Exception:  # noqa: BLE001 - a fault of ours ends one job
             _log.exception("job '%s' failed by a fault of nbdfleece", self.id)
             self.fail(IoError(errno.EIO, f"job '{self.id}'"))
+
+    # --- what its group does -------------------------------------------------------------------
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether its work is done well, and others of the group may still be at theirs."""
+        return self.status is Status.WAITING and not self.has_failed
+
+    def wait_for_others(self) -> None:
+        """Go from running to waiting."""
+        self._change(Status.WAITING)
+
+    def wait_for_user(self) -> None:
+        """Go from waiting to pending; a user who wants to finalize the job is told."""
+        self._change(Status.PENDING)
+        if not self.options.auto_finalize:
+            self._news.publish(JobPending(self.id, self.work.type))
+
+    def cancel_with_group(self) -> None:
+        """Give the job up, unless it has failed already; another of its group has."""
+        if not self.has_failed:
+            self._give_up()
+
+    async def changed(self) -> None:
+        """Return when anything about the job has changed that somebody may wait for."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def wake(self) -> None:
+        """Make all who await `changed` look again."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     # --- what its work does --------------------------------------------------------------------
 
@@ -359,12 +399,12 @@ class Job:
         loop = asyncio.get_running_loop()
         while not self.has_failed:
             if self._pauses:
-                await self._changed()
+                await self.changed()
                 continue
             now = loop.time()
             if self.speed and now < self._next_piece_at:
-                timer = loop.call_later(self._next_piece_at - now, self._wake)
-                await self._changed()
+                timer = loop.call_later(self._next_piece_at - now, self.wake)
+                await self.changed()
                 timer.cancel()
                 continue
             self.charge(length)
@@ -377,7 +417,7 @@ class Job:
         self._pieces -= 1
         if self._pieces == 0:
             self._look_at_pauses()
-            self._wake()
+            self.wake()
 
     def charge(self, length: int) -> None:
         """Count bytes against the speed limit."""
@@ -388,22 +428,22 @@ class Job:
     async def wait_cancelled(self) -> None:
         """Return when the job is to stop."""
         while not self.has_failed:
-            await self._changed()
+            await self.changed()
 
     async def rest(self, seconds: float) -> None:
         """Return after `seconds`, or when the job is to stop."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while not self.has_failed and loop.time() < end:
-            timer = loop.call_at(end, self._wake)
-            await self._changed()
+            timer = loop.call_at(end, self.wake)
+            await self.changed()
             timer.cancel()
 
     def fail(self, error: IoError | CommandError) -> None:
         """Make the job fail, for the first reason that is given."""
         if self.error is None:
             self.error = error
-        self._wake()
+        self.wake()
 
     def piece_failed(self, error: IoError, policy: OnError, *, is_read: bool) -> None:
         """Do what the user wants done about an error; then `begin` says how it goes on."""
@@ -461,7 +501,7 @@ class Job:
         owed = max(0.0, self._next_piece_at - now) * self.speed  # bytes that went ahead
         self._next_piece_at = now + owed / speed if speed else 0.0
         self.speed = speed
-        self._wake()
+        self.wake()
 
     def cancel(self) -> None:
         """Give the job up; it concludes when its pieces in flight have ended.
@@ -470,15 +510,18 @@ class Job:
             CommandError: Not in this state.
         """
         self._check(Verb.CANCEL)
-        if self.is_cancelled or self._is_concluding:  # the latter: too late, by a moment
-            return
+        if self.is_cancelled or self._is_concluding or self._group.has_succeeded:
+            return  # the latter two: too late, by a moment
+        self._give_up()
+
+    def _give_up(self) -> None:
         self.is_cancelled = True
         if self.user_paused:
             self.user_paused = False
             self._pauses -= 1
             self._look_at_pauses()
         self.work.hurry()
-        self._wake()
+        self.wake()
 
     def complete(self) -> None:
         """Refuse: no job of ours is ever ready.
@@ -490,14 +533,13 @@ class Job:
         raise CommandError(f"The active block job '{self.id}' cannot be completed")
 
     async def finalize(self) -> None:
-        """Let a pending job conclude; return when it has.
+        """Let a pending job, and with it its group, conclude; return when the job has.
 
         Raises:
             CommandError: Not in this state.
         """
         self._check(Verb.FINALIZE)
-        self._is_finalized = True
-        self._wake()
+        self._group.finalize()
         await self.wait_concluded()
 
     def dismiss(self) -> None:
@@ -515,7 +557,7 @@ class Job:
         Cancel: safe.
         """
         while self.status not in (Status.CONCLUDED, Status.NULL):
-            await self._changed()
+            await self.changed()
 
     # --- as a parent (block.child.Parent) ------------------------------------------------------
 
@@ -552,7 +594,7 @@ class Job:
         Cancel: safe.
         """
         while self._pieces:
-            await self._changed()
+            await self.changed()
 
     # --- private ---------------------------------------------------------------------------
 
@@ -575,19 +617,7 @@ class Job:
             self._change(Status.PAUSED)
         elif self.status is Status.PAUSED and not self._pauses:
             self._change(Status.RUNNING)
-            self._wake()
-
-    async def _changed(self) -> None:
-        """Return when anything about the job has changed that somebody may wait for."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        await waiter
-
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            self.wake()
 
 
 def check_speed(speed: int) -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece.control.command import Command
-from nbdfleece.control.commands import exports, fleece, general, jobs, nodes, objects, qom, throttle
+from nbdfleece.control.commands import (
+    exports,
+    fleece,
+    general,
+    jobs,
+    nodes,
+    objects,
+    qom,
+    throttle,
+    transaction,
+)
 from nbdfleece.control.event_table import EVENTS
 from nbdfleece.protocol.qmp.introspect import Introspection
 from nbdfleece.protocol.qmp.schema import Array, String, Struct
@@ -41,6 +51,7 @@ _TABLES: Final = (
     objects.COMMANDS,
     qom.COMMANDS,
     throttle.COMMANDS,
+    transaction.COMMANDS,
     (
         Command("query-commands", general.NOTHING, _query_commands, returns=_LIST),
         Command("query-qmp-schema", general.NOTHING, _query_schema),

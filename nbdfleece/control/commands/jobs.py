@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError, NotFound
 from nbdfleece.control.command import Command
-from nbdfleece.jobs.backup import BackupOptions, BitmapMode, Sync, start_backup
+from nbdfleece.control.transaction import Action, ActionKind
+from nbdfleece.jobs.backup import BackupOptions, BitmapMode, Sync, check_backup, prepare_backup
 from nbdfleece.jobs.job import (
     Job,
     JobOptions,
@@ -20,7 +21,9 @@ from nbdfleece.jobs.job import (
 from nbdfleece.protocol.qmp.schema import Array, Boolean, Enum, Integer, String, Struct
 
 if TYPE_CHECKING:
+    from nbdfleece.block.node import Node
     from nbdfleece.control.command import Context
+    from nbdfleece.control.transaction import Transaction
     from nbdfleece.protocol.qmp.schema import Arguments
     from nbdfleece.protocol.qmp.values import Json
 
@@ -34,11 +37,34 @@ class JobNotActive(NotFound):
 # --- backup ------------------------------------------------------------------------------------
 
 
-async def _blockdev_backup(context: Context, arguments: Arguments) -> Json:
+class _Backup(Action):
     """Copy a node as it is now to another one, in the background."""
-    options, job_options = _backup_options(arguments)
-    await start_backup(context.graph, context.jobs, options, job_options)
-    return {}
+
+    _job: Job
+
+    def __init__(self, transaction: Transaction, arguments: Arguments) -> None:
+        super().__init__(transaction, arguments)
+        self._options, self._job_options = _backup_options(arguments)
+
+    def nodes(self) -> list[Node]:
+        """See Action.nodes."""
+        found = map(self.context.graph.get, (self._options.device, self._options.target))
+        return [node for node in found if node is not None]
+
+    async def prepare(self) -> None:
+        """See Action.prepare."""
+        graph, jobs, group = self.context.graph, self.context.jobs, self.transaction.group
+        check_backup(graph, jobs, self._options)  # before anybody is stopped
+        await self.transaction.quieten(self)
+        self._job = await prepare_backup(graph, jobs, self._options, self._job_options, group)
+
+    def commit(self) -> None:
+        """See Action.commit."""
+        self.context.jobs.start(self._job)
+
+    async def abort(self) -> None:
+        """See Action.abort."""
+        await self._job.abandon()
 
 
 def _backup_options(arguments: Arguments) -> tuple[BackupOptions, JobOptions]:
@@ -230,8 +256,8 @@ _DEVICE: Final = Struct({"device": String()})
 _BACKUP: Final = Struct(
     {
         "device": String(),
-        "target": String(),
         "sync": Enum(tuple(member.value for member in Sync)),
+        "target": String(),
     },
     {
         "job-id": String(),
@@ -287,8 +313,10 @@ _JOBS: Final = Array(
     )
 )
 
+BACKUP: Final = ActionKind("blockdev-backup", _BACKUP, _Backup, can_be_grouped=True)
+
 COMMANDS: Final = (
-    Command("blockdev-backup", _BACKUP, _blockdev_backup, returns=_NOTHING),
+    BACKUP.command(returns=_NOTHING),
     Command("query-block-jobs", _NOTHING, _query_block_jobs, returns=_BLOCK_JOBS),
     Command("query-jobs", _NOTHING, _query_jobs, returns=_JOBS),
     Command(

@@ -17,6 +17,7 @@ from nbdfleece.block.reopen import reopen
 from nbdfleece.control.blockdev import OPTIONS
 from nbdfleece.control.command import Command
 from nbdfleece.control.commands.throttle import export_stats, node_stats
+from nbdfleece.control.transaction import Action, ActionKind
 from nbdfleece.fleece.io_limits import describe_limit, drop_unused_limits
 from nbdfleece.jobs.job import Job
 from nbdfleece.protocol.qmp.schema import Array, Boolean, Integer, String, Struct
@@ -45,6 +46,22 @@ async def _add(context: Context, arguments: Arguments) -> Json:
     """Make a node, with the children whose options are nested in its own."""
     await add_from_options(context.graph, arguments.members)
     return {}
+
+
+class _Add(Action):
+    """As `_add`, in a transaction."""
+
+    _node: Node
+
+    async def prepare(self) -> None:
+        """See Action.prepare."""
+        self._node = await add_from_options(self.context.graph, self.arguments.members)
+
+    async def abort(self) -> None:
+        """See Action.abort."""
+        graph = self.context.graph
+        if graph.get(self._node.name) is self._node:  # blockdev-del may have been quicker
+            await graph.remove(self._node)
 
 
 async def _del(context: Context, arguments: Arguments) -> Json:
@@ -317,6 +334,9 @@ def _top(disk: Disk) -> Node | None:
     except CommandError:
         return None
 
+
+# A transaction of its own would make others wait for a server that does not answer.
+ADD: Final = ActionKind("blockdev-add", OPTIONS, _Add)
 
 COMMANDS: Final = (
     Command("blockdev-add", OPTIONS, _add, returns=_NOTHING),
