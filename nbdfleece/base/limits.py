@@ -78,8 +78,6 @@ ZERO_PIECE: Final = 4 * MiB  # zeroes written at once where the file has no bett
 
 # --- block graph and fleecing ----------------------------------------------------------------
 MAX_NODE_NAME: Final = 31  # as QEMU
-MAX_BITMAP_NAME: Final = 1023  # bytes; as QEMU
-MAX_BITMAP_RUNS: Final = 4096  # of a bitmap, looked at by one status call
 MAX_DISK_NAME: Final = 64
 MAX_THROTTLE_GROUPS: Final = 4096  # a group per disk, and some more
 MAX_STATS_INTERVALS: Final = 16  # of one accounting: each costs every request
@@ -97,6 +95,12 @@ MAX_QCOW2_REFCOUNT_TABLE: Final = 8 * MiB  # bytes of the refcount table, likewi
 MAX_QCOW2_SNAPSHOTS: Final = 65536  # internal snapshots of an image; as QEMU
 MAX_QCOW2_BACKING_NAME: Final = 1023  # bytes; the format's own bound
 MAX_QCOW2_EXTENSIONS: Final = 256  # header extensions of an image; five are known
+MAX_QCOW2_SNAPSHOT_TABLE: Final = 64 * MiB  # bytes of the entries of its snapshots; as QEMU
+MAX_QCOW2_SNAPSHOT_EXTRA: Final = 1024  # bytes of extra data of one; as QEMU
+MAX_QCOW2_BITMAPS: Final = 65535  # of an image; as QEMU
+MAX_QCOW2_BITMAP_DIRECTORY: Final = 64 * MiB - 1 * KiB  # bytes of their directory; as QEMU
+MAX_QCOW2_BITMAP_NAME: Final = 1023  # bytes; as QEMU
+MAX_QCOW2_BITMAP_BYTES: Final = 512 * MiB  # of the bits of one; as QEMU
 
 # --- jobs ------------------------------------------------------------------------------------
 BACKUP_CLUSTER: Final = 64 * KiB  # unit of a backup, at least; as QEMU
