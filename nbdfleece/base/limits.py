@@ -78,6 +78,8 @@ ZERO_PIECE: Final = 4 * MiB  # zeroes written at once where the file has no bett
 
 # --- block graph and fleecing ----------------------------------------------------------------
 MAX_NODE_NAME: Final = 31  # as QEMU
+MAX_BITMAP_NAME: Final = 1023  # bytes; as QEMU
+MAX_BITMAP_RUNS: Final = 4096  # of a bitmap, looked at by one status call
 MAX_DISK_NAME: Final = 64
 MAX_THROTTLE_GROUPS: Final = 4096  # a group per disk, and some more
 MAX_STATS_INTERVALS: Final = 16  # of one accounting: each costs every request
