@@ -34,6 +34,7 @@ from nbdfleece.datapath.states import PAGE, StateMap
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
 
+    from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
 
 _CLEAN: Final = 0
@@ -207,9 +208,14 @@ class DirtyBitmap:
             yield start, end
 
     async def status(self, offset: int, length: int) -> list[Extent]:
-        """Return extents from `offset` on, flags DIRTY or 0: a status function of the data path."""
+        """Return extents from `offset` on, flags DIRTY or 0: a status function of the data path.
+
+        What lies behind the end of the bitmap's node is clean.
+        """
+        if offset >= self.size:
+            return [Extent(offset, length, 0)]
         bits, shift = self._bits, self._shift
-        index, last = offset >> shift, (offset + length - 1 >> shift) + 1
+        index, last = offset >> shift, min((offset + length - 1 >> shift) + 1, len(bits))
         extents: list[Extent] = []
         while index < last and len(extents) < MAX_BITMAP_RUNS:
             stop = bits.run_end(index, last)
@@ -331,6 +337,18 @@ def new_bitmap(node: Node, name: str, granularity: int | None, *, enabled: bool)
     return DirtyBitmap(name, size=node.size, granularity=granularity, enabled=enabled)
 
 
+def find_node(graph: Graph, name: str) -> Node:
+    """Return the node called `name`, in the words that bitmap commands have for it.
+
+    Raises:
+        NotFound: There is none.
+    """
+    node = graph.get(name)
+    if node is None:
+        raise NotFound(f"Node '{name}' not found")
+    return node
+
+
 def find_bitmap(node: Node, name: str) -> DirtyBitmap:
     """Return the bitmap of `node` called `name`.
 
@@ -341,6 +359,21 @@ def find_bitmap(node: Node, name: str) -> DirtyBitmap:
     if bitmap is None or bitmap.name != name:
         raise NotFound(f"Dirty bitmap '{name}' not found")
     return bitmap
+
+
+def find_in_chain(node: Node, name: str) -> tuple[Node, DirtyBitmap] | None:
+    """Return the bitmap called `name` of the node or of what it shows: filtered, backing.
+
+    With it its own node comes; None: there is none.
+    """
+    while True:
+        bitmap = node.bitmaps.get(name)
+        if bitmap is not None and bitmap.name == name:
+            return node, bitmap
+        edge = node.file if node.driver.is_filter else node.backing
+        if edge is None:
+            return None
+        node = edge.node
 
 
 def freeze(bitmaps: MutableMapping[str, DirtyBitmap], bitmap: DirtyBitmap) -> None:

@@ -44,10 +44,11 @@ from nbdfleece.protocol.nbd.constants import (
 from nbdfleece.protocol.nbd.haggle import ExportInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Sequence
 
     from nbdfleece.base.extent import Extent
     from nbdfleece.block.accounting import Accounting
+    from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.child import Child
     from nbdfleece.block.node import Node
     from nbdfleece.datapath.pump import PumpLimits
@@ -106,7 +107,7 @@ class Export:
     Args:
         options: How the node is offered.
         generation: Tells this export from an earlier one of the same name.
-        bitmaps: What `qemu:dirty-bitmap:NAME` tells, by NAME.
+        bitmaps: Offered as `qemu:dirty-bitmap:NAME`; their names differ.
 
     Attributes:
         options: How the node is offered.
@@ -127,7 +128,7 @@ class Export:
         options: ExportOptions,
         *,
         generation: int,
-        bitmaps: Mapping[str, StatusFunction] | None = None,
+        bitmaps: Sequence[DirtyBitmap] = (),
     ) -> None:
         self.options = options
         self.generation = generation
@@ -138,7 +139,8 @@ class Export:
         self.accounting: Accounting | None = None
         self.holders = 0
         self.pumps: set[Pump] = set()
-        self._contexts = self._make_contexts(bitmaps or {})
+        self._contexts = self._make_contexts(bitmaps)
+        self._bitmaps = [bitmap for bitmap in bitmaps if not bitmap.busy]  # to be held by this
         self._drains = 0
         self._unused_waiters: list[asyncio.Future[None]] = []
 
@@ -248,12 +250,24 @@ class Export:
 
     # --- metadata contexts ---------------------------------------------------------------------
 
-    def _make_contexts(self, bitmaps: Mapping[str, StatusFunction]) -> dict[str, StatusFunction]:
+    def hold_bitmaps(self) -> None:
+        """Let nobody change or use the bitmaps while they are offered."""
+        for bitmap in self._bitmaps:
+            bitmap.busy = True
+
+    def release_bitmaps(self) -> None:
+        """Undo `hold_bitmaps`."""
+        for bitmap in self._bitmaps:
+            bitmap.busy = False
+
+    def _make_contexts(self, bitmaps: Sequence[DirtyBitmap]) -> dict[str, StatusFunction]:
         """Return what is offered, by name."""
         found: dict[str, StatusFunction] = {NBD_META_BASE_ALLOCATION: self._allocation}
         if self.options.allocation_depth:
             found[NBD_META_QEMU_ALLOCATION_DEPTH] = self._allocation_depth
-        return found | {NBD_META_QEMU_DIRTY_BITMAP + name: ask for name, ask in bitmaps.items()}
+        for bitmap in bitmaps:
+            found[NBD_META_QEMU_DIRTY_BITMAP + bitmap.name] = bitmap.status
+        return found
 
     async def _allocation(self, offset: int, length: int) -> list[Extent]:
         """base:allocation. The flags of base.extent are those of the spec."""

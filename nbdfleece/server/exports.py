@@ -4,6 +4,7 @@ Invariants
   R1  Ids are unique, and so are names; both are compared exactly.
   R2  An export that is being removed cannot be found by clients; its id is taken until it is gone.
   R3  While guests are stopped, no writable export begins a request, also not one that is new.
+  R4  A bitmap that is offered is busy until its export is gone.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError, InUse, NotFound, OptionRefused
 from nbdfleece.base.limits import MAX_SIZE
 from nbdfleece.base.notify import Notifier
+from nbdfleece.block.bitmap import find_bitmap, find_in_chain, find_node
 from nbdfleece.protocol.nbd.strings import decode
 from nbdfleece.server.export import Export, ExportOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
-    from nbdfleece.datapath.route import StatusFunction
     from nbdfleece.protocol.nbd.haggle import ExportInfo
 
 
@@ -66,26 +68,28 @@ class Exports:
         self,
         node: Node,
         options: ExportOptions,
-        bitmaps: Mapping[str, StatusFunction] | None = None,
+        bitmaps: Sequence[DirtyBitmap] = (),
     ) -> Export:
         """Offer `node` to clients.
 
         Args:
             node: What.
             options: How.
-            bitmaps: What the metadata contexts `qemu:dirty-bitmap:NAME` tell, by NAME.
+            bitmaps: Offered as metadata contexts `qemu:dirty-bitmap:NAME`; `find_bitmaps` has
+                found them, or they are frozen by the caller.
 
         Raises:
             CommandError: The id or the name is taken, a string is not one of the spec, the node is
                 read-only but the export is not, or too large, or permissions conflict. Nothing
                 has changed.
         """
-        self._check_new(options)
+        self.check_new(options)
         if node.size > MAX_SIZE:
             raise CommandError(f"node '{node.name}' is larger than clients can bear")
         export = Export(options, generation=next(self._generations), bitmaps=bitmaps)
         needed, shared = export.edge_permissions
         self._graph.attach_root("root", export, node, perm=needed, shared=shared)
+        export.hold_bitmaps()
         self._by_id[options.id] = export
         self._by_name[options.name] = export
         self._stop(export)
@@ -156,6 +160,7 @@ class Exports:
         if export.root is None:
             return
         self._graph.detach_root(export.root)
+        export.release_bitmaps()
         if self._stopped is not None:
             self._stopped.discard(export)
         del self._by_id[export.options.id]
@@ -199,8 +204,8 @@ class Exports:
             self._stopped.add(export)
             export.drained_begin()
 
-    def _check_new(self, options: ExportOptions) -> None:
-        """Check that an export with these options may be added.
+    def check_new(self, options: ExportOptions) -> None:
+        """Check that an export with these options may be added, whatever the node.
 
         Raises:
             CommandError: Its text says why not.
@@ -227,3 +232,40 @@ class Exports:
     def list(self) -> list[ExportInfo]:
         """Return all exports that clients may ask for."""
         return [export.describe() for export in self._by_name.values()]
+
+
+def find_bitmaps(
+    graph: Graph, node: Node, names: Iterable[str | tuple[str, str]], *, writable: bool
+) -> list[DirtyBitmap]:
+    """Return the bitmaps that an export of `node` is to offer, each once.
+
+    Args:
+        graph: Where the nodes are.
+        node: What is exported.
+        names: A name alone is looked for in the node and in what it shows (filtered, backing);
+            (node name, bitmap name) in that node alone.
+        writable: The export is.
+
+    Raises:
+        CommandError: One is not there, busy or inconsistent; or it would change under those who
+            read it: it records writes of others than this export's clients.
+    """
+    bitmaps: list[DirtyBitmap] = []
+    for name in names:
+        if isinstance(name, str):
+            found = find_in_chain(node, name)
+            if found is None:
+                raise NotFound(f"Bitmap '{name}' is not found")
+            owner, bitmap = found
+        else:
+            owner = find_node(graph, name[0])
+            bitmap = find_bitmap(owner, name[1])
+        if bitmap in bitmaps:
+            continue
+        bitmap.check_usable(to_change=False)
+        if not writable and not owner.read_only and bitmap.enabled:
+            raise CommandError(f"Enabled bitmap '{bitmap.name}' incompatible with readonly export")
+        if any(other.name == bitmap.name for other in bitmaps):
+            raise CommandError(f"Two bitmaps are called '{bitmap.name}'")
+        bitmaps.append(bitmap)
+    return bitmaps

@@ -132,7 +132,11 @@ def test_a_daemon_that_serves_keeps_its_server(short_tmp: Path) -> None:
         (export("e", iothread="io"), 'iothread "io" not found'),
         (export("e", name="n" * 4097), f"export name '{'n' * 4097}' too long"),
         (export("e", description="n" * 4097), f"description '{'n' * 4097}' too long"),
-        (export("e", bitmaps=["b"]), "export 'e': dirty bitmaps cannot be exported yet"),
+        (export("e", name="n", bitmaps=["b"]), "Bitmap 'b' is not found"),
+        (
+            export("e", name="n", bitmaps=[{"node": "a", "name": "b"}]),
+            "Dirty bitmap 'b' not found",
+        ),
         (export("e", bitmap="b"), "Parameter 'bitmap' is unexpected"),
         ({"id": "e", "node-name": "a"}, "Parameter 'type' is missing"),
         ({**export("e"), "type": "fuse"}, "Parameter 'type' does not accept value 'fuse'"),

@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.base.errors import CommandError, InUse, NotFound, OptionRefused
-from nbdfleece.base.extent import Extent
+from nbdfleece.base.limits import MAX_STATUS_EXTENTS
 from nbdfleece.base.units import MiB
+from nbdfleece.block.bitmap import DirtyBitmap, new_bitmap
 from nbdfleece.block.child import Child, Role
 from nbdfleece.block.driver import Driver
+from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite
+from nbdfleece.block.drivers.null import NullDriver
+from nbdfleece.block.node import Node
 from nbdfleece.protocol.nbd import client as talks
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.server.export import ExportOptions
-from nbdfleece.server.exports import RemoveMode
+from nbdfleece.server.exports import RemoveMode, find_bitmaps
+from tests.support.fleecing import add_filter
 from tests.support.memory import MemoryDriver
 from tests.support.nbd_client import connected
 from tests.support.nbd_server import Served, pattern, serving
@@ -308,20 +313,91 @@ async def test_hidden_export_can_be_removed_the_hard_way(short_tmp: Path) -> Non
 # --- metadata contexts -----------------------------------------------------------------------
 
 
-async def test_bitmaps_are_offered_by_name(short_tmp: Path) -> None:
-    async def dirty(offset: int, length: int) -> list[Extent]:
-        return [Extent(0, 4096, 1), Extent(4096, 4096, 0)]
+def bitmap(node: Node, name: str, *, enabled: bool = False) -> DirtyBitmap:
+    found = new_bitmap(node, name, 512, enabled=enabled)
+    node.bitmaps[name] = found
+    return found
 
+
+async def test_bitmaps_are_offered_by_name_and_busy_meanwhile(short_tmp: Path) -> None:
     async with serving(short_tmp) as served:
         node = await served.add_node(MemoryDriver(bytearray(8192)))
-        served.exports.add(node, options(), {"since:monday": dirty})
-        name = "qemu:dirty-bitmap:since:monday"
+        monday, coarse = bitmap(node, "since:monday"), bitmap(node, "coarse")
+        monday.set(0, 4096)
+        coarse.set(512, 1)
+        served.exports.add(node, options(), [monday, coarse])
+        assert monday.busy
+        names = [f"qemu:dirty-bitmap:{name}" for name in ("since:monday", "coarse")]
         one = await served.open()
-        await one.connect("new", contexts=["base:allocation", name])
+        await one.connect("new", contexts=["base:allocation", *names])
 
-        assert set(one.contexts) == {"base:allocation", name}
-        assert await one.status(0, 8192, context=name) == [(4096, 1), (4096, 0)]
+        assert set(one.contexts) == {"base:allocation", *names}
+        assert await one.status(0, 8192, context=names[0]) == [(4096, 1), (4096, 0)]
+        assert await one.status(0, 8192, context=names[1]) == [(512, 0), (512, 1), (7168, 0)]
+        assert await one.status(600, 100, context=names[1]) == [(100, 1)]
         await one.close()
+        await served.exports.remove("new", RemoveMode.HARD)
+        assert not monday.busy
+
+
+async def test_all_contexts_of_a_reply_tell_of_the_same_range(short_tmp: Path) -> None:
+    """One bitmap has more runs than a reply has extents; the other, as far as told, has one."""
+    size = 64 * MiB * 8
+    async with serving(short_tmp) as served:
+        node = await served.add_node(NullDriver(size=size, read_zeroes=True, latency_ns=0))
+        busy, clean = bitmap(node, "busy"), bitmap(node, "clean")
+        for offset in range(0, 2 * MAX_STATUS_EXTENTS * 512, 1024):
+            busy.set(offset, 1)
+        served.exports.add(node, options(), [busy, clean])
+        one = await served.open()
+        names = [f"qemu:dirty-bitmap:{name}" for name in ("busy", "clean")]
+        await one.connect("new", contexts=names)
+        found = await one.statuses(0, size)
+        assert sum(length for length, _ in found[names[0]]) == MAX_STATUS_EXTENTS * 512
+        assert found[names[1]] == [(MAX_STATUS_EXTENTS * 512, 0)]
+        await one.close()
+
+
+async def test_bitmaps_are_looked_for_in_what_the_node_shows(short_tmp: Path) -> None:
+    async with serving(short_tmp) as served:
+        graph = served.graph
+        disk = await served.add_node(MemoryDriver(bytearray(8192)))
+        temp = await served.add_node(MemoryDriver(bytearray(8192)))
+        cbw = await add_filter(graph, disk, temp, CopyBeforeWrite())
+        below, above = bitmap(disk, "below"), bitmap(cbw, "above")
+        names = ["below", "above", (disk.name, "below")]
+        assert find_bitmaps(graph, cbw, names, writable=False) == [below, above]
+        for name, text in (
+            ("nope", "Bitmap 'nope' is not found"),
+            ((disk.name, "above"), "Dirty bitmap 'above' not found"),
+            (("nope", "b"), "Node 'nope' not found"),
+        ):
+            with pytest.raises(NotFound) as refused:
+                find_bitmaps(graph, cbw, [name], writable=False)
+            assert str(refused.value) == text
+        bitmap(disk, "above")
+        with pytest.raises(CommandError, match="Two bitmaps are called 'above'"):
+            find_bitmaps(graph, cbw, ["above", (disk.name, "above")], writable=False)
+
+
+async def test_a_bitmap_that_would_change_or_is_in_use_is_not_offered(short_tmp: Path) -> None:
+    """2.5: an enabled bitmap may be offered to the very client that writes, and on its own."""
+    async with serving(short_tmp) as served:
+        node = await served.add_node(MemoryDriver(bytearray(8192)))
+        enabled = bitmap(node, "b", enabled=True)
+        with pytest.raises(CommandError) as refused:
+            find_bitmaps(served.graph, node, ["b"], writable=False)
+        assert str(refused.value) == "Enabled bitmap 'b' incompatible with readonly export"
+        assert find_bitmaps(served.graph, node, ["b"], writable=True) == [enabled]
+        enabled.inconsistent = True
+        with pytest.raises(CommandError, match="inconsistent"):
+            find_bitmaps(served.graph, node, ["b"], writable=True)
+        enabled.inconsistent = False
+        served.exports.add(node, options(writable=True), [enabled])
+        with pytest.raises(InUse):
+            find_bitmaps(served.graph, node, ["b"], writable=True)
+        enabled.mark(0, 1)
+        assert enabled.count() == 512, "it records on"
 
 
 async def test_depth_of_a_plain_disk_is_one(short_tmp: Path) -> None:

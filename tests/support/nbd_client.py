@@ -252,8 +252,14 @@ class NbdClient:
         self, offset: int, length: int, *, flags: int = 0, context: str = BASE
     ) -> list[tuple[int, int]]:
         """Return (length, flags) descriptors of one context."""
+        return (await self.statuses(offset, length, flags=flags))[context]
+
+    async def statuses(
+        self, offset: int, length: int, *, flags: int = 0
+    ) -> dict[str, list[tuple[int, int]]]:
+        """Return (length, flags) descriptors by context."""
         reply = await self._must(c.NBD_CMD_BLOCK_STATUS, offset, length, flags)
-        return reply.status[self.contexts[context]]
+        return {name: reply.status[number] for name, number in self.contexts.items()}
 
     async def disconnect(self) -> None:
         """Send NBD_CMD_DISC, read what still comes, and close."""

@@ -7,7 +7,7 @@ disk or a snapshot is not removed here but with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError, InUse
@@ -33,7 +33,7 @@ from nbdfleece.server.addresses import (
 )
 from nbdfleece.server.authz import Authz, AuthzList, AuthzListFile, AuthzSimple
 from nbdfleece.server.export import ExportOptions
-from nbdfleece.server.exports import RemoveMode
+from nbdfleece.server.exports import RemoveMode, find_bitmaps
 from nbdfleece.server.service import Terms
 from nbdfleece.server.tls import TlsCredentials
 
@@ -70,7 +70,7 @@ async def _export_add(context: Context, arguments: Arguments) -> Json:
         allocation_depth=arguments.boolean("allocation-depth", default=False),
         writethrough=arguments.boolean("writethrough", default=False),
     )
-    _add(context, node, options, has_bitmaps=bool(arguments.members.get("bitmaps")))
+    _add(context, node, options, _bitmap_names(arguments))
     if thread is not None:
         _hold_while_exported(context, export_id, thread)
     return {}
@@ -90,18 +90,30 @@ async def _server_add(context: Context, arguments: Arguments) -> Json:
         description=_or(arguments.optional_string("description"), ""),
         allocation_depth=False,
     )
-    _add(context, node, options, has_bitmaps="bitmap" in arguments)
+    _add(context, node, options, [arguments.string("bitmap")] if "bitmap" in arguments else [])
     return {}
 
 
-def _add(context: Context, node: Node, options: ExportOptions, *, has_bitmaps: bool) -> None:
+def _bitmap_names(arguments: Arguments) -> list[str | tuple[str, str]]:
+    """Return `bitmaps`: names, or (node name, name)."""
+    given = arguments.members.get("bitmaps", ())
+    assert isinstance(given, Sequence), "checked by the schema"
+    return [
+        (str(item["node"]), str(item["name"])) if isinstance(item, Mapping) else str(item)
+        for item in given
+    ]
+
+
+def _add(
+    context: Context, node: Node, options: ExportOptions, bitmaps: list[str | tuple[str, str]]
+) -> None:
     context.nbd.check_running()
     for what, text in (("export name", options.name), ("description", options.description)):
         if len(text.encode(errors="surrogateescape")) > MAX_STRING:
             raise CommandError(f"{what} '{text}' too long")
-    if has_bitmaps:
-        raise CommandError(f"export '{options.id}': dirty bitmaps cannot be exported yet")
-    context.exports.add(node, options)
+    context.exports.check_new(options)
+    found = find_bitmaps(context.graph, node, bitmaps, writable=options.writable)
+    context.exports.add(node, options, found)
 
 
 async def _export_del(context: Context, arguments: Arguments) -> Json:
