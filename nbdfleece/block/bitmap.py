@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from nbdfleece.base.errors import CommandError, InUse, NotFound
 from nbdfleece.base.extent import Extent
@@ -46,6 +46,9 @@ _DEFAULT_GRANULARITY: Final = (4 * KiB, 64 * KiB)
 _WORD: Final = 64  # bits
 _DIGITS: Final = bytes.maketrans(b"\0\1", b"01")
 
+Content: TypeAlias = StateMap
+"""What a bitmap holds, for `DirtyBitmap.put_back`."""
+
 _anonymous = itertools.count(1)
 
 
@@ -63,6 +66,27 @@ class BitmapStore(Protocol):
 
     def resize(self, bitmap: DirtyBitmap) -> None:
         """Follow the bitmap to its new size."""
+
+    def abandon(self, why: str) -> None:
+        """Say, from now on, that what is kept cannot be trusted, and why."""
+
+
+class BitmapKeeper(Protocol):
+    """Keeps the persistent bitmaps of one node: in its image, or beside it."""
+
+    async def keep(self, bitmap: DirtyBitmap) -> None:
+        """Make a bitmap persistent (it sets `persistent`, and `store` if it has one).
+
+        Raises:
+            CommandError: It cannot be kept. Nothing has changed.
+        """
+
+    async def forget(self, bitmap: DirtyBitmap) -> None:
+        """Delete what is kept of a persistent bitmap.
+
+        Raises:
+            CommandError: It cannot be deleted.
+        """
 
 
 class DirtyBitmap:
@@ -142,17 +166,17 @@ class DirtyBitmap:
         if length:
             self._set(offset >> self._shift, (offset + length - 1 >> self._shift) + 1)
 
-    def take(self) -> StateMap:
+    def take(self) -> Content:
         """Make every granule clean and return the content, for `put_back`; a store lags (D3)."""
         taken, self._bits = self._bits, StateMap(len(self._bits))
         return taken
 
-    def put_back(self, taken: StateMap) -> None:
+    def put_back(self, taken: Content) -> None:
         """Have the content again that `take` or `copy` returned."""
         assert len(taken) == len(self._bits), "the bitmap has been resized"
         self._bits = taken
 
-    def copy(self) -> StateMap:
+    def copy(self) -> Content:
         """Return a copy of the content, for `put_back`."""
         return self._bits.copy()
 
@@ -264,11 +288,25 @@ class DirtyBitmap:
             CommandError: It is inconsistent or, to be changed, read-only.
         """
         self.check_idle()
-        if to_change and self.readonly:
-            raise CommandError(f"Bitmap '{self.name}' is readonly and cannot be modified")
+        if to_change:
+            self._check_writable()
         if self.inconsistent:
             why = f" ({self.reason})" if self.reason else ""
             raise CommandError(f"Bitmap '{self.name}' is inconsistent and cannot be used{why}")
+
+    def check_removable(self) -> None:
+        """Check that the bitmap may be removed: that may be done with an inconsistent one, too.
+
+        Raises:
+            InUse: It is busy.
+            CommandError: It is in an image that cannot be written.
+        """
+        self.check_idle()
+        self._check_writable()
+
+    def _check_writable(self) -> None:
+        if self.readonly:
+            raise CommandError(f"Bitmap '{self.name}' is readonly and cannot be modified")
 
     def check_idle(self) -> None:
         """Check that nobody uses the bitmap.
@@ -335,6 +373,33 @@ def new_bitmap(node: Node, name: str, granularity: int | None, *, enabled: bool)
     if len(name.encode(errors="surrogateescape")) > MAX_BITMAP_NAME:
         raise CommandError(f"Bitmap name too long: {name}")
     return DirtyBitmap(name, size=node.size, granularity=granularity, enabled=enabled)
+
+
+def check_storable(node: Node) -> BitmapKeeper:
+    """Return who keeps persistent bitmaps of `node`.
+
+    Raises:
+        CommandError: Nobody does.
+    """
+    if node.bitmap_keeper is None:
+        raise CommandError(
+            f"Can't store persistent bitmaps to {node.name}: Operation not supported"
+        )
+    return node.bitmap_keeper
+
+
+def check_mergeable(target: DirtyBitmap, source: DirtyBitmap) -> None:
+    """Check that `target` may be united with `source`.
+
+    Raises:
+        CommandError: The source is in use or inconsistent, or of another size.
+    """
+    source.check_usable(to_change=False)
+    if source.size != target.size:
+        raise CommandError(
+            f"Bitmaps are of different sizes (destination size is {target.size}, "
+            f"source size is {source.size}) and can't be merged"
+        )
 
 
 def find_node(graph: Graph, name: str) -> Node:

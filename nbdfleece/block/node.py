@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from nbdfleece.base.extent import Extent
     from nbdfleece.block.accounting import Accounting
-    from nbdfleece.block.bitmap import DirtyBitmap
+    from nbdfleece.block.bitmap import BitmapKeeper, DirtyBitmap
     from nbdfleece.block.driver import Driver
     from nbdfleece.block.registry import NodeSpec
     from nbdfleece.datapath.fileio import FileIo
@@ -55,6 +55,7 @@ class Node:
         file: The PRIMARY child (a filter's filtered one), or None.
         backing: The COW child, or None.
         bitmaps: Dirty bitmaps by name; anonymous ones under a unique private name.
+        bitmap_keeper: Keeps those of them that outlive the process; None: none do.
         in_flight: See N3.
         owned_by_monitor: Named by the user; stays when the last parent goes.
         goes_with_parent: Made as part of its parent; goes when its last parent does.
@@ -63,6 +64,8 @@ class Node:
         write_threshold: The first write that ends behind this many bytes is told of; 0: none is.
         threshold_exceeded: Told of that write: (the node, bytes by which it exceeds).
     """
+
+    bitmap_keeper: BitmapKeeper | None = None
 
     def __init__(
         self, name: str, driver: Driver, *, read_only: bool, discard_enabled: bool

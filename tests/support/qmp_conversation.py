@@ -314,6 +314,14 @@ def _throttle(group: str) -> Json:
     return {"driver": "throttle", "node-name": "th", "throttle-group": group, "file": "a"}
 
 
+def _bitmap(verb: str, **arguments: Json) -> Step:
+    return Step(f"block-dirty-bitmap-{verb}", arguments)
+
+
+def _action(verb: str, **data: Json) -> Json:
+    return {"type": f"block-dirty-bitmap-{verb}", "data": {"node": "a", **data}}
+
+
 _GROUP = {"qom-type": "throttle-group", "id": "t"}
 _CBW = {"driver": "copy-before-write", "node-name": "cbw", "file": "a", "target": "temp"}
 _MIB = 1 << 20
@@ -375,17 +383,65 @@ STEPS = (
     Step("blockdev-backup", {"device": "a", "target": "nope", "sync": "full", "job-id": "j"}),
     Step("blockdev-backup", {"device": "s", "target": "s", "sync": "full"}, text=False),
     # bitmaps
-    Step("block-dirty-bitmap-add", {"node": "nope", "name": "b"}),
-    Step("block-dirty-bitmap-add", {"node": "a", "name": "b", "granularity": 64000}),
-    Step("block-dirty-bitmap-add", {"node": "a", "name": "b", "granularity": 256}),
-    Step("block-dirty-bitmap-add", {"node": "a", "name": ""}),
-    Step("block-dirty-bitmap-add", {"node": "a", "name": "b"}),
-    Step("block-dirty-bitmap-add", {"node": "a", "name": "b"}),
+    _bitmap("add", node="nope", name="b"),
+    _bitmap("add", node="a", name="b", granularity=64000),
+    _bitmap("add", node="a", name="b", granularity=256),
+    _bitmap("add", node="a", name="b", granularity=0),
+    _bitmap("add", node="a", name="b", granularity=1 << 32),
+    _bitmap("add", node="a", name=""),
+    _bitmap("add", node="a", name="x" * 1024),
+    _bitmap("add", node="a", name="b", persistent=True),
+    _bitmap("add", node="r", name="b", persistent=True),
+    _bitmap("add", node="a", name="b"),
+    _bitmap("add", node="a", name="b"),
+    _bitmap("add", node="a", name="coarse", granularity=1 << 31, disabled=True),
+    _bitmap("add", node="big", name="b", persistent=False),
     *(
-        Step(f"block-dirty-bitmap-{verb}", {"node": "a", "name": name})
-        for verb in ("clear", "enable", "disable", "remove")
-        for name in ("nope", "b")
+        _bitmap(verb, node=node, name=name)
+        for verb in ("clear", "enable", "disable")
+        for node, name in (("nope", "b"), ("a", "nope"), ("a", ""), ("a", "b"), ("a", "b"))
     ),
+    *(
+        _bitmap("merge", node=node, target=target, bitmaps=sources)
+        for node, target, sources in (
+            ("nope", "b", ["b"]),
+            ("a", "nope", ["b"]),
+            ("a", "b", ["nope"]),
+            ("a", "b", [{"node": "nope", "name": "b"}]),
+            ("a", "b", [{"node": "big", "name": "nope"}]),
+            ("a", "b", [{"node": "big", "name": "b"}]),
+            ("a", "b", ["b"]),
+            ("a", "b", ["coarse", {"node": "a", "name": "b"}]),
+        )
+    ),
+    *(
+        Step("x-debug-block-dirty-bitmap-sha256", {"node": node, "name": name})
+        for node, name in (("nope", "b"), ("a", "nope"), ("a", "b"), ("a", "coarse"))
+    ),
+    Step("transaction", {"actions": [_action("add", name="c"), _action("add", name="b")]}),
+    Step("transaction", {"actions": [_action("clear", name="b"), {"type": "abort", "data": {}}]}),
+    Step(
+        "transaction",
+        {
+            "actions": [
+                _action("disable", name="b"),
+                _action("add", name="c"),
+                _action("merge", target="c", bitmaps=["b"]),
+                _action("remove", name="coarse"),
+            ]
+        },
+    ),
+    Step(
+        "transaction",
+        {"actions": [_action("clear", name="b")], "properties": {"completion-mode": "grouped"}},
+    ),
+    Step("query-named-block-nodes", {"flat": True}, result="subset", ignore=("file", "filename")),
+    _bitmap("remove", node="a", name="nope"),
+    _bitmap("remove", node="nope", name="b"),
+    _bitmap("remove", node="a", name="b"),
+    _bitmap("remove", node="a", name="b"),
+    _bitmap("enable", node="a", name="c"),
+    _bitmap("add", node="a", name="still", disabled=True),
     # the NBD server and its exports
     Step("block-export-add", {"type": "nbd", "id": "e", "node-name": "a"}),
     Step("nbd-server-stop"),
@@ -404,7 +460,22 @@ STEPS = (
     Step("block-export-add", {"type": "nbd", "id": "#e", "node-name": "a"}),
     Step("block-export-add", {"type": "nbd", "id": "e", "node-name": "nope"}),
     Step("block-export-add", {"type": "nbd", "id": "e", "node-name": "a", "name": "y" * 5000}),
-    Step("block-export-add", {"type": "nbd", "id": "e", "node-name": "a"}),
+    *(
+        Step("block-export-add", {"type": "nbd", "id": "e", "node-name": node, "bitmaps": bitmaps})
+        for node, bitmaps in (
+            ("a", ["nope"]),
+            ("a", ["c"]),
+            ("r", ["still"]),
+            ("a", [{"node": "nope", "name": "c"}]),
+            ("a", [{"node": "a", "name": "nope"}]),
+            ("a", ["still", {"node": "a", "name": "still"}]),
+        )
+    ),
+    *(_bitmap(verb, node="a", name="still") for verb in ("remove", "clear", "enable", "disable")),
+    _bitmap("merge", node="a", target="still", bitmaps=["c"]),
+    _bitmap("merge", node="a", target="c", bitmaps=["still"]),
+    Step("nbd-server-add", {"device": "a", "name": "x", "bitmap": "nope"}),
+    Step("nbd-server-add", {"device": "a", "name": "x", "bitmap": "still"}),
     Step("block-export-add", {"type": "nbd", "id": "e", "node-name": "big"}),
     Step("block-export-add", {"type": "nbd", "id": "e2", "node-name": "big", "name": "a"}),
     Step("block-export-add", {"type": "nbd", "id": "e2", "node-name": "big", "writable": True}),
@@ -584,6 +655,17 @@ DEFECTS = (
             ),
         ),
         "",
+    ),
+    Defect(
+        "`block-dirty-bitmap-merge` of an empty list",
+        "the program crashes",
+        "succeeds, and changes nothing",
+        (
+            _A,
+            ("block-dirty-bitmap-add", {"node": "a", "name": "b"}),
+            ("block-dirty-bitmap-merge", {"node": "a", "target": "b", "bitmaps": []}),
+        ),
+        None,
     ),
     Defect(
         "`blockdev-reopen` of an empty list",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.control.command import Command
 from nbdfleece.control.commands import (
+    bitmaps,
     exports,
     fleece,
     general,
@@ -46,6 +47,7 @@ _TABLES: Final = (
     general.COMMANDS,
     fleece.COMMANDS,
     jobs.COMMANDS,
+    bitmaps.COMMANDS,
     exports.COMMANDS,
     nodes.COMMANDS,
     objects.COMMANDS,

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Final
 from nbdfleece.base.errors import CommandError, InUse
 from nbdfleece.base.limits import MAX_STRING
 from nbdfleece.control.command import Command
+from nbdfleece.control.commands.bitmaps import BITMAP_OR_NAME
 from nbdfleece.control.commands.general import NOTHING
 from nbdfleece.fleece.io_limits import drop_unused_limits
 from nbdfleece.protocol.qmp.schema import (
     UINT32,
-    Alternate,
     Array,
     Boolean,
     Enum,
@@ -306,9 +306,6 @@ SOCKET_ADDRESS: Final = Union(
     },
 )
 _MODE: Final = Enum(tuple(mode.value for mode in RemoveMode))
-_BITMAP: Final = Alternate(
-    "BlockDirtyBitmapOrStr", (String(), Struct({"node": String(), "name": String()}))
-)
 _EXPORTS: Final = Array(
     Struct(
         {"node-name": String(), "shutting-down": Boolean(), "type": Enum((_NBD,)), "id": String()}
@@ -334,7 +331,7 @@ COMMANDS: Final = (
                     optional={
                         "name": String(),
                         "description": String(),
-                        "bitmaps": Array(_BITMAP),
+                        "bitmaps": Array(BITMAP_OR_NAME),
                         "allocation-depth": Boolean(),
                     }
                 )

@@ -26,6 +26,7 @@ from nbdfleece.server.export import Export
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.child import Child
     from nbdfleece.control.command import Context
     from nbdfleece.fleece.disk import Disk
@@ -211,20 +212,25 @@ def _has_info(node: Node) -> bool:
 
 
 def _bitmaps(node: Node) -> list[Json]:
-    found: list[Json] = []
-    for bitmap in node.bitmaps.values():
-        about: dict[str, Json] = {
-            "name": bitmap.name,
-            "count": bitmap.count(),
-            "granularity": bitmap.granularity,
-            "recording": bitmap.enabled,
-            "busy": bitmap.busy,
-            "persistent": False,
-        }
-        if bitmap.inconsistent:
-            about["inconsistent"] = True
-        found.append(about)
-    return found
+    """Describe the bitmaps of a node, the newest first; those without name are successors."""
+    return [describe_bitmap(bitmap) for bitmap in reversed(list(node.bitmaps.values()))]
+
+
+def describe_bitmap(bitmap: DirtyBitmap) -> Mapping[str, Json]:
+    """Return what QEMU calls BlockDirtyInfo, and why a bitmap is inconsistent."""
+    about: dict[str, Json] = {"name": bitmap.name} if bitmap.name else {}
+    about |= {
+        "count": bitmap.count(),
+        "granularity": bitmap.granularity,
+        "recording": bitmap.recording,
+        "busy": bitmap.busy,
+        "persistent": bitmap.persistent,
+    }
+    if bitmap.inconsistent:
+        about["inconsistent"] = True
+        if bitmap.reason:
+            about["reason"] = bitmap.reason
+    return about
 
 
 async def _query_graph(context: Context, _arguments: Arguments) -> Json:

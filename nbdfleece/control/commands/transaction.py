@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError
 from nbdfleece.control.command import Command
-from nbdfleece.control.commands import jobs, nodes
+from nbdfleece.control.commands import bitmaps, jobs, nodes
 from nbdfleece.control.transaction import Action, ActionKind, Transaction
 from nbdfleece.protocol.qmp.schema import Arguments, Array, Enum, Struct, Union
 
@@ -37,6 +37,7 @@ ACTIONS: Final = {
         ActionKind("abort", _NOTHING, _Abort, can_be_grouped=True),
         nodes.ADD,
         jobs.BACKUP,
+        *bitmaps.ACTIONS,
     )
 }
 
