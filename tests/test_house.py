@@ -32,10 +32,11 @@ DOORS: dict[str, set[str]] = {
     "block": {"base", "protocol", "formats", "datapath"},
     "jobs": {"base", "block"},
     "server": {"base", "protocol", "datapath", "block"},
-    "fleece": {"base", "block", "jobs", "server"},
+    "backup": {"base", "formats", "block"},
+    "fleece": {"base", "block", "jobs", "server", "backup"},
     "control": {"base", "protocol", "block", "jobs", "server", "fleece"},
     "pki": {"base"},
-    "cli": {"base", "protocol", "pki", "daemon", "storage_daemon"},
+    "cli": {"base", "protocol", "pki", "backup", "daemon", "storage_daemon"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -63,6 +64,7 @@ LAZY = {
     ("cli", "nbdfleece.daemon"),  # a client command does not load the whole server
     ("cli", "nbdfleece.storage_daemon"),  # likewise
     ("cli", "nbdfleece.pki"),  # loads cryptography
+    ("cli", "nbdfleece.backup"),  # loads the graph
     ("cli", "readline"),  # touches the terminal when it is loaded
 }
 

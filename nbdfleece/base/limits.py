@@ -111,6 +111,13 @@ JOB_STATUS_PIECE: Final = 1 * GiB  # looked at at once for what the top layer ho
 JOB_RETRY_S: Final = 0.1  # before a piece is tried again under on-error=ignore
 JOB_CANCEL_GRACE_S: Final = 2.0  # for pieces of a cancelled job; then the target's peer is let go
 
+# --- backups in folders ------------------------------------------------------------------------
+MAX_BACKUP_POINTS: Final = 16384  # of one disk in one folder: a point an hour for almost two years
+MAX_BACKUP_MANIFEST: Final = 32 * MiB  # bytes of a manifest.json: so many points, and more
+BACKUP_READS: Final = 8  # pieces of a disk that are read, hashed and packed at a time
+BACKUP_WRITES: Final = 8  # pieces on their way to where a point is restored
+BACKUP_THREADS: Final = 3  # that hash, pack and write for one backup
+
 # --- QMP -------------------------------------------------------------------------------------
 MAX_QMP_MESSAGE: Final = 16 * MiB  # bytes of one request
 MAX_QMP_DEPTH: Final = 64  # nested objects and arrays

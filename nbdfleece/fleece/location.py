@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 from nbdfleece.base.errors import CommandError, ConfigError
 from nbdfleece.base.limits import MAX_DISK_NAME
 from nbdfleece.base.units import parse_duration
+from nbdfleece.block.drivers.nbd.uri import is_nbd_uri, parse_nbd_uri
 from nbdfleece.fleece.errors import LocationNotFound, NotBuilt
-from nbdfleece.fleece.uri import is_nbd_uri, parse_nbd_uri
 
 if TYPE_CHECKING:
     from nbdfleece.block.drivers.nbd.target import Target

@@ -1,4 +1,4 @@
-"""NBD URIs as locations of disks.
+"""NBD URIs: which export they lead to.
 
 ::
 

@@ -6,7 +6,7 @@ import pytest
 
 from nbdfleece.base.errors import ConfigError
 from nbdfleece.block.drivers.nbd.target import ClientTls, InetServer, Target, UnixServer
-from nbdfleece.fleece.uri import is_nbd_uri, parse_nbd_uri
+from nbdfleece.block.drivers.nbd.uri import is_nbd_uri, parse_nbd_uri
 
 GOOD = {
     "nbd://h": Target(InetServer("h", 10809), ""),
