@@ -34,7 +34,7 @@ from nbdfleece.fleece.news import (
     SnapshotCreated,
     SnapshotDeleted,
 )
-from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions
+from nbdfleece.fleece.taking import Taking
 from nbdfleece.fleece.watch import watch
 from nbdfleece.server.export import ExportOptions
 from nbdfleece.server.exports import Exports, RemoveMode
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
     from nbdfleece.fleece.location import Location
+    from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions
     from nbdfleece.fleece.store import StateFolder
 
 _log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Fleece:
 
     Attributes:
         news: What happens to snapshots.
+        changing: Held during every change (F1).
     """
 
     def __init__(self, graph: Graph, exports: Exports, state: StateFolder, tokens: Tokens) -> None:
@@ -94,7 +96,7 @@ class Fleece:
         self._state = state
         self._tokens = tokens
         self._disks: dict[str, Disk] = {}
-        self._changing = asyncio.Lock()  # F1; never held by requests
+        self.changing = asyncio.Lock()  # never held by requests
 
     # --- looking -------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ class Fleece:
 
         Cancel: undone.
         """
-        async with self._changing:
+        async with self.changing:
             if location.disk in self._disks:
                 raise NameTaken(f"there is a disk '{location.disk}' already")
             is_device = await asyncio.to_thread(is_block_device, location)
@@ -183,7 +185,7 @@ class Fleece:
 
         Cancel: what is left can be removed by a further call.
         """
-        async with self._changing:
+        async with self.changing:
             disk = self.disk(name)
             if not force and disk.snapshots:
                 names = ", ".join(disk.snapshots)
@@ -261,37 +263,56 @@ class Fleece:
 
         Cancel: undone.
         """
+        if token_s is not None:
+            check_lifetime(token_s)
+        async with self.changing:
+            taking = self.take(disks, name, options)
+            try:
+                await taking.prepare()
+                async with quiet(*taking.tops()):
+                    taking.engage()
+                await taking.expose()
+                await taking.keep()
+                taken = [
+                    Taken(snapshot, self._grant(snapshot, token_s)) for snapshot in taking.made
+                ]
+            except BaseException:
+                for snapshot in taking.made:
+                    self._tokens.revoke(snapshot.export_name)
+                await taking.discard()
+                raise
+            self.adopt(taking)
+            return taken
+
+    def take(self, disks: Sequence[str], name: str | None, options: SnapshotOptions) -> Taking:
+        """Begin what `create_snapshots` does in one go; the caller holds `changing` to the end.
+
+        Returns:
+            What `adopt` makes snapshots of the disks, when all its steps are done.
+
+        Raises:
+            CommandError: As `create_snapshots`, as far as that can be known. Nothing has changed.
+        """
+        assert self.changing.locked(), "changes are made one at a time"
         if not disks:
             raise CommandError("no disk is named")
         if len(set(disks)) < len(disks):
             raise CommandError("a disk is named twice")
         if name is not None:
             check_snapshot_name(name)
-        if token_s is not None:
-            check_lifetime(token_s)
-        async with self._changing:
-            group = [self.disk(disk) for disk in disks]
-            name = self._free_name(group) if name is None else self._check_free(group, name)
-            made: list[Snapshot] = []
-            try:
-                for disk in group:
-                    made.append(Snapshot(disk.name, name, options))
-                    async with in_time(f"making the files of snapshot {disk.name}@{name}"):
-                        await made[-1].prepare(self._graph, self._state, disk.top)
-                await self._take_instant(group, made)
-                for snapshot in made:
-                    await snapshot.expose(self._graph, self._exports)
-                    await snapshot.keep(self._state)
-                taken = [Taken(snapshot, self._grant(snapshot, token_s)) for snapshot in made]
-            except BaseException:
-                await self._undo(made)
-                raise
-            for disk, snapshot in zip(group, made, strict=True):
-                disk.snapshots[name] = snapshot
-                self.news.publish(SnapshotCreated(disk.name, name, snapshot.instant))
-                watch(snapshot, self.news)
-                _log.info("snapshot %s: taken at %s", snapshot.export_name, snapshot.instant)
-            return taken
+        group = [self.disk(disk) for disk in disks]
+        name = self._free_name(group) if name is None else self._check_free(group, name)
+        return Taking(
+            group, name, options, graph=self._graph, exports=self._exports, state=self._state
+        )
+
+    def adopt(self, taking: Taking) -> None:
+        """Count finished snapshots among those of their disks, and tell of them."""
+        for disk, snapshot in zip(taking.group, taking.made, strict=True):
+            disk.snapshots[snapshot.name] = snapshot
+            self.news.publish(SnapshotCreated(disk.name, snapshot.name, snapshot.instant))
+            watch(snapshot, self.news)
+            _log.info("snapshot %s: taken at %s", snapshot.export_name, snapshot.instant)
 
     async def delete_snapshot(self, disk: str, name: str, *, force: bool) -> None:
         """Give up a snapshot; with `force` also while it is being read.
@@ -305,7 +326,7 @@ class Fleece:
 
         Cancel: it can be deleted by a further call.
         """
-        async with self._changing:
+        async with self.changing:
             found = self.disk(disk)
             snapshot = found.snapshots.get(name)
             if snapshot is None:
@@ -317,20 +338,6 @@ class Fleece:
                 )
             await self._delete(found, snapshot, RemoveMode.HARD if force else RemoveMode.SAFE)
 
-    async def _take_instant(self, group: list[Disk], made: list[Snapshot]) -> None:
-        """Engage all filters in one drained section, or none (F2)."""
-        async with quiet(*(disk.top for disk in group)):
-            engaged: list[Snapshot] = []
-            instant = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-            try:
-                for snapshot in made:
-                    snapshot.engage(self._graph, instant)
-                    engaged.append(snapshot)
-            except CommandError:
-                for snapshot in reversed(engaged):
-                    snapshot.disengage(self._graph)
-                raise
-
     def _grant(self, snapshot: Snapshot, token_s: float | None) -> str | None:
         """Return a new name that opens the snapshot by a token, where one is wanted."""
         if token_s is None:
@@ -338,17 +345,6 @@ class Fleece:
         name = self._tokens.add(snapshot.export_name, token_s)
         _log.info("snapshot %s: a token opens it for %g seconds", snapshot.export_name, token_s)
         return name
-
-    async def _undo(self, made: list[Snapshot]) -> None:
-        """Take apart what an attempt has made; what stays is logged; the next start removes it."""
-        for snapshot in reversed(made):
-            self._tokens.revoke(snapshot.export_name)
-            try:
-                await snapshot.hide(self._graph, self._exports, RemoveMode.HARD)
-                async with in_time(f"removing snapshot {snapshot.export_name}"):
-                    await snapshot.take_apart(self._graph)
-            except CommandError as error:
-                _log.error("snapshot %s: %s", snapshot.export_name, error)
 
     async def _delete(self, disk: Disk, snapshot: Snapshot, mode: RemoveMode) -> None:
         await snapshot.hide(self._graph, self._exports, mode)
@@ -392,7 +388,7 @@ class Fleece:
         Cancel: the rest stays open.
         """
         is_clean = True
-        async with self._changing:
+        async with self.changing:
             if any(node.owned_by_monitor for node in self._graph):
                 await self._remove_nodes_of_users()
             for disk in self.disks():

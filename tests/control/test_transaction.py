@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +14,11 @@ from nbdfleece.base.errors import CommandError
 from nbdfleece.block.drivers.null import NullDriver
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
+from nbdfleece.cli.client import Client, CommandFailed
 from nbdfleece.control.transaction import Action, ActionKind, Transaction
 from nbdfleece.protocol.qmp.schema import Arguments, String, Struct
+from tests.support.live import serving
+from tests.support.storage_daemon import StorageDaemon
 from tests.support.waiting import turns
 
 
@@ -194,3 +200,247 @@ async def test_what_makes_no_job_cannot_be_grouped() -> None:
     with pytest.raises(CommandError, match="Action 'noted' does not support Transaction property"):
         await bench.run("a", grouped=True)
     assert bench.done == ["begin a", "clean a"]
+
+
+# --- the real actions, in the real daemon --------------------------------------------------------
+
+MiB = 1 << 20
+ABORT = {"type": "abort", "data": {}}
+
+
+def action(kind: str, **data: object) -> dict:
+    return {"type": kind, "data": {name.replace("_", "-"): value for name, value in data.items()}}
+
+
+def backup(device: str, target: str, **more: object) -> dict:
+    given = {"device": device, "target": target, "sync": "full", **more}
+    return action("blockdev-backup", **given)
+
+
+def file_node(name: str) -> dict:
+    return action("blockdev-add", driver="file", node_name=name, filename=name)
+
+
+def images(folder: Path, names: str = "abtu") -> list[str]:
+    """Options for nodes above files of the same names, full of them, in the daemon's folder."""
+    for name in names:
+        (folder / name).write_bytes(name.encode() * MiB)
+    return [
+        option
+        for name in names
+        for option in ("--blockdev", f"driver=file,node-name={name},filename={name}")
+    ]
+
+
+@pytest.fixture
+def daemon(short_tmp: Path) -> Iterator[StorageDaemon]:
+    with StorageDaemon(short_tmp, *images(short_tmp)) as daemon:
+        yield daemon
+
+
+def grouped(*actions: dict) -> dict:
+    return {"actions": list(actions), "properties": {"completion-mode": "grouped"}}
+
+
+def state(daemon: StorageDaemon) -> list[object]:
+    """All that can be asked of the graph and the jobs; events so far are forgotten."""
+    queries = ("x-debug-query-block-graph", "query-named-block-nodes", "query-jobs")
+    found = [daemon.ask(query) for query in queries]
+    daemon.events.clear()
+    return found
+
+
+def statuses(daemon: StorageDaemon, job: str) -> list[str]:
+    """The states that a job has gone through so far; no other event may have come."""
+    assert {event["event"] for event in daemon.events} <= {"JOB_STATUS_CHANGE"}
+    data = [event["data"] for event in daemon.events]
+    return [each["status"] for each in data if each["id"] == job]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        backup("nope", "t", job_id="k"),
+        backup("b", "nope", job_id="k"),
+        backup("b", "b", job_id="k"),
+        backup("b", "u"),
+        backup("b", "u", job_id="j"),
+        backup("b", "t", job_id="k"),
+        backup("b", "u", job_id="k", filter_node_name="a"),
+        backup("b", "u", job_id="k", speed=-1),
+        action("blockdev-add", driver="null-co", node_name="a"),
+        action("blockdev-add", driver="raw", node_name="new", file="nope"),
+        ABORT,
+    ],
+    ids=lambda wrong: str(list(wrong["data"].values())),
+)
+@pytest.mark.parametrize("place", range(3))
+def test_whatever_is_refused_at_whatever_place_nothing_has_happened(
+    daemon: StorageDaemon, wrong: dict, place: int
+) -> None:
+    """T-J4 and T-J12."""
+    good = [file_node("t2"), backup("a", "t", job_id="j", filter_node_name="f")]
+    (daemon.folder / "t2").write_bytes(bytes(MiB))
+    before = state(daemon)
+    answer = daemon.answer("transaction", {"actions": [*good[:place], wrong, *good[place:], ABORT]})
+    assert answer["error"]["class"] == "GenericError"
+    created = ["created", "aborting", "concluded", "null"] if place == 2 else []
+    clash = wrong["data"].get("job-id") == "j" or wrong["data"].get("target") == "t"
+    if not (clash and place < 2):  # there it is the right job that is refused, or was first
+        assert statuses(daemon, "j") == created
+    assert state(daemon) == before
+    assert daemon.ask("transaction", {"actions": good}) == {}
+    daemon.event("BLOCK_JOB_COMPLETED")
+    assert (daemon.folder / "t").read_bytes() == b"a" * MiB
+
+
+def test_a_command_and_its_action_refuse_in_the_same_words(daemon: StorageDaemon) -> None:
+    for wrong in (backup("nope", "t"), backup("a", "t"), backup("a", "t", job_id="j", speed=-1)):
+        alone = daemon.error("blockdev-backup", wrong["data"])
+        assert daemon.error("transaction", {"actions": [wrong]}) == alone
+
+
+def test_later_actions_see_what_earlier_ones_have_done(daemon: StorageDaemon) -> None:
+    (daemon.folder / "t2").write_bytes(bytes(MiB))
+    actions = [
+        file_node("t2"),
+        action("blockdev-add", driver="raw", node_name="t3", file="t2"),
+        backup("a", "t3", job_id="j"),
+    ]
+    before = state(daemon)
+    daemon.error("transaction", {"actions": [*actions, ABORT]})
+    assert state(daemon) == before
+    daemon.ask("transaction", {"actions": actions})
+    daemon.event("BLOCK_JOB_COMPLETED")
+    assert (daemon.folder / "t2").read_bytes() == b"a" * MiB
+    assert daemon.ask("blockdev-del", {"node-name": "t3"}) == {}
+    assert daemon.ask("blockdev-del", {"node-name": "t2"}) == {}
+
+
+def test_a_grouped_backup_that_cannot_read_cancels_the_other(daemon: StorageDaemon) -> None:
+    """T-B3, the jobs' half."""
+    rule = {"event": "read_aio", "errno": 5}
+    bad = {"driver": "blkdebug", "node-name": "bad", "image": "b", "inject-error": [rule]}
+    daemon.ask("blockdev-add", bad)
+    before = state(daemon)
+    actions = [backup("a", "t", job_id="j", speed=1), backup("bad", "u", job_id="k")]
+    daemon.ask("transaction", grouped(*actions))
+    error = daemon.event("BLOCK_JOB_ERROR")
+    assert error == {"device": "k", "operation": "read", "action": "report"}
+    ended = daemon.event("BLOCK_JOB_COMPLETED")
+    assert (ended["device"], ended["error"]) == ("k", "Input/output error")
+    assert daemon.event("BLOCK_JOB_CANCELLED")["device"] == "j"
+    while daemon.ask("query-jobs"):
+        pass
+    assert state(daemon) == before
+
+
+def test_jobs_that_are_not_grouped_do_not_care_for_each_other(daemon: StorageDaemon) -> None:
+    rule = {"event": "read_aio", "errno": 5}
+    bad = {"driver": "blkdebug", "node-name": "bad", "image": "b", "inject-error": [rule]}
+    daemon.ask("blockdev-add", bad)
+    actions = [backup("a", "t", job_id="j", auto_finalize=False), backup("bad", "u", job_id="k")]
+    properties = {"completion-mode": "individual"}
+    daemon.ask("transaction", {"actions": actions, "properties": properties})
+    while [row["status"] for row in daemon.ask("query-jobs")] != ["pending"]:
+        pass
+    assert daemon.event("BLOCK_JOB_COMPLETED")["error"] == "Input/output error"
+    daemon.ask("job-finalize", {"id": "j"})
+    assert "error" not in daemon.event("BLOCK_JOB_COMPLETED")
+    assert (daemon.folder / "t").read_bytes() == b"a" * MiB
+
+
+def test_exports_with_requests_in_flight_do_not_hold_up_an_aborted_transaction(
+    short_tmp: Path, program: Callable[[str], str]
+) -> None:
+    """T-J13: exports in threads of their own there; here all are in one, and none may block it."""
+    options = [*images(short_tmp), "--nbd-server", "addr.type=unix,addr.path=nbd.sock"]
+    for name in "ab":
+        options += ["--export", f"type=nbd,id={name},node-name={name},name={name},writable=on"]
+    with StorageDaemon(short_tmp, *options) as daemon:
+        rounds = 12
+        commands = []
+        for number in range(rounds):
+            for i in range(128):
+                commands += ["-c", f"aio_write -P {1 + (i + number) % 200} {i * 8192} 8k"]
+            commands += ["-c", "aio_flush"]
+        guests = [
+            subprocess.Popen(
+                [program("qemu-io"), "-f", "raw", *commands, daemon.uri(name)],
+                stdout=subprocess.DEVNULL,
+            )
+            for name in "ab"
+        ]
+        actions = [backup("a", "t", job_id="j"), backup("b", "u", job_id="k")]
+        asked = 0
+        while asked < 20 or any(guest.poll() is None for guest in guests):
+            for mode in ({"actions": [*actions, ABORT]}, grouped(*actions, ABORT)):
+                assert "Abort action" in daemon.error("transaction", mode)
+            asked += 1
+        assert [guest.wait(20) for guest in guests] == [0, 0]
+        expected = b"".join(bytes([1 + (i + rounds - 1) % 200]) * 8192 for i in range(128))
+        for name in "ab":
+            assert (short_tmp / name).read_bytes() == expected
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*") if path.is_file())
+
+
+QUERIES = (
+    "x-debug-query-block-graph",
+    "query-named-block-nodes",
+    "query-jobs",
+    "query-block-exports",
+    "query-fleece-snapshots",
+)
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_snapshots_of_disks_are_undone_wholly_wherever_the_transaction_fails(
+    short_tmp: Path, place: int
+) -> None:
+    for name in "abt":
+        (short_tmp / name).write_bytes(name.encode() * MiB)
+    good = [
+        action("fleece-snapshot-create", disks=["a"], name="s"),
+        action("blockdev-add", driver="file", node_name="t", filename=str(short_tmp / "t")),
+        backup("a", "t", job_id="j"),
+        action("fleece-snapshot-create", disks=["b", "a"], name="s2", temp_limit=MiB),
+        action("blockdev-add", driver="null-co", node_name="n"),
+    ]
+    disks = [short_tmp / name for name in "ab"]
+    with (
+        serving(short_tmp, *disks, disks=2) as daemon,
+        Client(str(daemon.control)) as monitor,
+    ):
+        before = [monitor.execute(query) for query in QUERIES], listing(daemon.state)
+        with pytest.raises(CommandFailed, match="Abort action"):
+            monitor.execute("transaction", {"actions": [*good[:place], ABORT, *good[place:]]})
+        after = [monitor.execute(query) for query in QUERIES], listing(daemon.state)
+        assert after == before
+        monitor.execute("transaction", {"actions": good})
+        exports = {row["id"] for row in monitor.execute("query-block-exports")}
+        assert exports == {"a", "b", "a@s", "a@s2", "b@s2"}
+        assert {row["state"] for row in monitor.execute("query-fleece-snapshots")} == {"ok"}
+
+
+def test_what_is_wrong_with_snapshots_in_a_transaction(short_tmp: Path) -> None:
+    (short_tmp / "a").write_bytes(bytes(MiB))
+    with serving(short_tmp, short_tmp / "a") as daemon, Client(str(daemon.control)) as monitor:
+        for data, text in (
+            ({"disks": []}, "no disk is named"),
+            ({"disks": ["x"]}, "there is no disk 'x'"),
+            ({"disks": ["a", "a"]}, "a disk is named twice"),
+            ({"disks": ["a"], "durability": "power"}, "not built"),
+            ({"disks": ["a"], "token": 5}, r"Parameter 'actions\[0\].data.token' is unexpected"),
+            ({"disks": ["a"], "timeout": -5}, r"'actions\[0\].data.timeout' expects"),
+        ):
+            asked = {"actions": [{"type": "fleece-snapshot-create", "data": data}]}
+            with pytest.raises(CommandFailed, match=text):
+                monitor.execute("transaction", asked)
+        twice = [action("fleece-snapshot-create", disks=["a"], name="s")] * 2
+        with pytest.raises(CommandFailed, match="has a snapshot 's' already"):
+            monitor.execute("transaction", {"actions": twice})
+        assert monitor.execute("query-fleece-snapshots") == []
+        assert monitor.execute("transaction", {"actions": twice[:1]}) == {}

@@ -13,6 +13,7 @@ from tests.support.daemon_process import Daemon
 from tests.support.live import (
     KiB,
     MiB,
+    ask,
     blocks,
     cli,
     client,
@@ -116,6 +117,73 @@ async def test_disks_of_a_group_are_taken_at_one_instant(short_tmp: Path) -> Non
         for row in (await listed(daemon)).values():
             instants[row["snapshot"]].add(row["instant"])
         assert all(len(each) == 1 for each in instants.values())
+
+
+async def test_snapshots_and_backups_of_one_transaction_are_of_one_instant(
+    short_tmp: Path,
+) -> None:
+    """As above; each disk has its own actions, and is both snapshot and backed up."""
+    for disk in "abc":
+        (short_tmp / disk).write_bytes(bytes(MiB))
+    stop = asyncio.Event()
+    lanes, rounds = 12, 8
+    written = 0
+
+    async def guest(lane: int, ends: list[NbdClient]) -> None:
+        nonlocal written
+        for number in itertools.count(1):
+            for end in ends:
+                await end.write(lane * 4096, number.to_bytes(8, "big"))
+            written += 1
+            if stop.is_set():
+                return
+
+    def target(disk: str, number: int) -> str:
+        return f"{disk}-copy{number}"
+
+    def actions(number: int) -> list[dict]:
+        order = "".join(list(itertools.permutations("abc"))[number % 6])
+        found: list[tuple[str, dict]] = []
+        for disk in order:
+            name = target(disk, number)
+            (short_tmp / name).write_bytes(bytes(MiB))
+            node = {"driver": "file", "node-name": name, "filename": str(short_tmp / name)}
+            found.append(("blockdev-add", node))
+            job = {"job-id": name, "device": disk, "target": name, "sync": "full"}
+            found.append(("blockdev-backup", job))
+        name = f"s{number}"
+        snapshots = [
+            ("fleece-snapshot-create", {"disks": [disk], "name": name}) for disk in reversed(order)
+        ]
+        found = [*snapshots, *found] if number % 2 else [*found, *snapshots]
+        return [{"type": kind, "data": data} for kind, data in found]
+
+    async def finished(daemon: Daemon) -> bool:
+        return not await ask(daemon, "query-jobs")
+
+    with serving(short_tmp, *(short_tmp / disk for disk in "abc"), disks=3) as daemon:
+        async with (
+            client(daemon, "a") as a,
+            client(daemon, "b") as b,
+            client(daemon, "c") as c,
+            asyncio.TaskGroup() as tasks,
+        ):
+            for lane in range(lanes):
+                tasks.create_task(guest(lane, [a, b, c]))
+            for number in range(rounds):
+                enough = written + 5 * lanes
+                await eventually(lambda enough=enough: written > enough)
+                await ask(daemon, "transaction", {"actions": actions(number)})
+                await eventually(lambda: finished(daemon))
+            stop.set()
+        for number in range(rounds):
+            found = [await read_export(daemon, f"{disk}@s{number}") for disk in "abc"]
+            copies = [(short_tmp / target(disk, number)).read_bytes() for disk in "abc"]
+            assert found == copies, f"round {number}"
+            for lane in range(lanes):
+                at = slice(lane * 4096, lane * 4096 + 8)
+                first, second, third = (int.from_bytes(each[at], "big") for each in found)
+                assert first >= second >= third >= first - 1, f"round {number}, lane {lane}"
 
 
 async def test_a_write_that_was_answered_before_is_in_and_one_sent_after_is_not(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError
 from nbdfleece.control.command import Command
-from nbdfleece.control.commands import bitmaps, jobs, nodes
+from nbdfleece.control.commands import bitmaps, fleece, jobs, nodes
 from nbdfleece.control.transaction import Action, ActionKind, Transaction
 from nbdfleece.protocol.qmp.schema import Arguments, Array, Enum, Struct, Union
 
@@ -35,8 +35,9 @@ ACTIONS: Final = {
     kind.name: kind
     for kind in (
         ActionKind("abort", _NOTHING, _Abort, can_be_grouped=True),
-        nodes.ADD,
+        fleece.SNAPSHOT_CREATE,
         jobs.BACKUP,
+        nodes.ADD,
         *bitmaps.ACTIONS,
     )
 }

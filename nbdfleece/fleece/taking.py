@@ -1,0 +1,147 @@
+"""Snapshots in the making: those of some disks, at one instant, in steps.
+
+::
+
+    prepare -> [ engage -> expose ] -> keep            [ ]: the disks' tops are drained
+                           `-> withdraw -> discard
+
+The steps are apart so that other changes may share the instant (a transaction). Whoever takes them
+holds `Fleece.changing`.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from nbdfleece.base.errors import CommandError
+from nbdfleece.fleece.change import in_time
+from nbdfleece.fleece.snapshot import Snapshot
+from nbdfleece.server.exports import RemoveMode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdfleece.block.graph import Graph
+    from nbdfleece.block.node import Node
+    from nbdfleece.fleece.disk import Disk
+    from nbdfleece.fleece.snapshot import SnapshotOptions
+    from nbdfleece.fleece.store import StateFolder
+    from nbdfleece.server.exports import Exports
+
+_log = logging.getLogger(__name__)
+
+
+class Taking:
+    """Snapshots of some disks, which `Fleece` does not know yet.
+
+    Args:
+        group: The disks.
+        name: Of the snapshots; free on each disk.
+        options: How they behave.
+        graph: Where the nodes go.
+        exports: Where the exports go.
+        state: Where the files go.
+
+    Attributes:
+        group: The disks.
+        made: Their snapshots, in the same order, as far as they have been begun.
+    """
+
+    def __init__(
+        self,
+        group: Sequence[Disk],
+        name: str,
+        options: SnapshotOptions,
+        *,
+        graph: Graph,
+        exports: Exports,
+        state: StateFolder,
+    ) -> None:
+        self.group = group
+        self.made: list[Snapshot] = []
+        self._name = name
+        self._options = options
+        self._graph = graph
+        self._exports = exports
+        self._state = state
+
+    def tops(self) -> list[Node]:
+        """Return what the guests write to now.
+
+        Raises:
+            CommandError: A disk is on its way out.
+        """
+        return [disk.top for disk in self.group]
+
+    async def prepare(self) -> None:
+        """Make files and nodes, beside the guests.
+
+        Raises:
+            CommandError: It cannot be done; `discard` is due.
+
+        Cancel: `discard` is due.
+        """
+        for disk in self.group:
+            snapshot = Snapshot(disk.name, self._name, self._options)
+            self.made.append(snapshot)
+            async with in_time(f"making the files of snapshot {snapshot.export_name}"):
+                await snapshot.prepare(self._graph, self._state, disk.top)
+
+    def engage(self) -> None:
+        """Take the instant: put all filters in, or none; the tops are drained by the caller.
+
+        Raises:
+            CommandError: The permissions conflict. No filter is in the guests' paths.
+        """
+        instant = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        try:
+            for snapshot in self.made:
+                snapshot.engage(self._graph, instant)
+        except CommandError:
+            self._disengage()
+            raise
+
+    async def expose(self) -> None:
+        """Make all readable.
+
+        Raises:
+            CommandError: It cannot be done; `withdraw` or `discard` is due.
+        """
+        for snapshot in self.made:
+            await snapshot.expose(self._graph, self._exports)
+
+    async def keep(self) -> None:
+        """Write down what the snapshots are.
+
+        Raises:
+            CommandError: It cannot be written.
+        """
+        for snapshot in self.made:
+            await snapshot.keep(self._state)
+
+    async def withdraw(self) -> None:
+        """Undo `expose` and `engage`; the tops are drained by the caller.
+
+        Raises:
+            CommandError: Something is still in the guests' paths, and does no harm there.
+        """
+        for snapshot in reversed(self.made):
+            await snapshot.hide(self._graph, self._exports, RemoveMode.HARD)
+        self._disengage()
+
+    async def discard(self) -> None:
+        """Take apart what has been made; what stays is logged, and the next start removes it."""
+        for snapshot in reversed(self.made):
+            try:
+                await snapshot.hide(self._graph, self._exports, RemoveMode.HARD)
+                async with in_time(f"removing snapshot {snapshot.export_name}"):
+                    await snapshot.take_apart(self._graph)
+            except CommandError as error:
+                _log.error("snapshot %s: %s", snapshot.export_name, error)
+
+    def _disengage(self) -> None:
+        for snapshot in reversed(self.made):
+            if snapshot.is_engaged:
+                snapshot.disengage(self._graph)
