@@ -31,6 +31,7 @@ from tests.support.qmp_conversation import (
     Step,
     same_refusal,
 )
+from tests.support.qmp_transactions import TRANSACTION_DEFECTS, TRANSACTION_STEPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.interop("qemu-storage-daemon")]
 
@@ -226,7 +227,15 @@ def test_jobs_go_through_the_same_states(pair: Pair) -> None:
     assert _of_jobs(pair.theirs.events) == _of_jobs(pair.ours.events)
 
 
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.title)
+def test_transactions_do_the_same_and_undo_the_same(pair: Pair) -> None:
+    pair.negotiate()
+    _compare(pair, TRANSACTION_STEPS)
+    theirs, ours = _by_job(pair.theirs.events), _by_job(pair.ours.events)
+    assert ours == theirs
+    assert len(ours) > 40
+
+
+@pytest.mark.parametrize("defect", DEFECTS + TRANSACTION_DEFECTS, ids=lambda defect: defect.title)
 def test_what_the_reference_does_wrong_is_done_right(short_tmp: Path, defect: Defect) -> None:
     with _monitor(short_tmp / "ours", OURS) as talk:
         talk.ask("qmp_capabilities")
@@ -260,6 +269,15 @@ def _of_jobs(events: list[Json]) -> list[Json]:
         else:
             found.append(event)
     return found
+
+
+def _by_job(events: list[Json]) -> dict[str, list[Json]]:
+    """What happened to each job; jobs run side by side, and which is first is by chance."""
+    found: dict[str, list[Json]] = {}
+    for event in events:
+        job = event["data"].get("id", event["data"].get("device"))
+        found.setdefault(job, []).append(event)
+    return {job: _of_jobs(each) for job, each in found.items() if _of_jobs(each)}
 
 
 def _created(data: Json) -> Json:
