@@ -32,7 +32,7 @@ from nbdfleece.base.units import KiB, ceil_div, is_power_of_2
 from nbdfleece.datapath.states import PAGE, StateMap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping
+    from collections.abc import Iterable, Iterator, MutableMapping
 
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
@@ -459,9 +459,25 @@ def freeze(bitmaps: MutableMapping[str, DirtyBitmap], bitmap: DirtyBitmap) -> No
     bitmaps[f"\0{next(_anonymous)}"] = successor
 
 
-def abdicate(bitmaps: MutableMapping[str, DirtyBitmap], bitmap: DirtyBitmap) -> DirtyBitmap:
-    """Let the successor take over; what the bitmap held is forgotten. Returns the successor."""
+def abdicate(
+    bitmaps: MutableMapping[str, DirtyBitmap],
+    bitmap: DirtyBitmap,
+    *,
+    also: Iterable[tuple[int, int]] = (),
+) -> DirtyBitmap:
+    """Let the successor take over; what the bitmap held is forgotten but for some ranges of it.
+
+    Args:
+        bitmaps: Those of the node.
+        bitmap: A frozen one.
+        also: (offset, length) of what is dirty besides.
+
+    Returns:
+        The successor.
+    """
     successor = _drop_successor(bitmaps, bitmap)
+    for offset, length in also:
+        successor.set(offset, length)
     successor.name = bitmap.name
     successor.persistent = bitmap.persistent
     bitmaps[bitmap.name] = successor

@@ -15,6 +15,8 @@ Invariants
   B2  A job that ends without an error has the disk of its instant in the target (sync full), on
       stable storage.
   B3  Every refusal comes before the first change, or undoes it.
+  B4  A bitmap is frozen from the instant until `clean`. Then it holds what has changed since the
+      instant, and whatever else the target does not have; see `_settle_bitmap`.
 
 Follows: QEMU block/backup.c and blockdev.c (do_backup_common); fleecing.md 2.3.
 """
@@ -38,6 +40,7 @@ from nbdfleece.base.limits import (
 )
 from nbdfleece.base.units import align_down
 from nbdfleece.block import permissions
+from nbdfleece.block.bitmap import abdicate, find_bitmap, freeze, reclaim
 from nbdfleece.block.child import Role
 from nbdfleece.block.drain import drained
 from nbdfleece.block.drivers.backup_filter import BackupFilter, SourceError
@@ -45,6 +48,7 @@ from nbdfleece.block.drivers.copy_before_write import OnCbwError
 from nbdfleece.jobs.job import Job, JobOptions, OnError, check_speed
 
 if TYPE_CHECKING:
+    from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
     from nbdfleece.jobs.group import JobGroup
@@ -61,6 +65,9 @@ class Sync(enum.Enum):
     NONE = "none"
     INCREMENTAL = "incremental"
     BITMAP = "bitmap"
+
+
+_BY_BITMAP: Final = frozenset({Sync.INCREMENTAL, Sync.BITMAP})
 
 
 class BitmapMode(enum.Enum):
@@ -177,7 +184,11 @@ async def prepare_backup(
         raise InUse(f"Node '{options.device}' or '{options.target}' has just been replaced")
     jobs.check_id(job_options.id)
     check_speed(job_options.speed)
-    driver = BackupFilter(on_cbw_error=OnCbwError(options.on_cbw_error))
+    bitmap = None if options.bitmap is None else find_bitmap(source, options.bitmap)
+    driver = BackupFilter(
+        on_cbw_error=OnCbwError(options.on_cbw_error),
+        bitmap=bitmap if options.sync in _BY_BITMAP else None,
+    )
     node = await graph.add(
         options.filter_node_name,
         driver,
@@ -199,6 +210,8 @@ async def prepare_backup(
     except CommandError:
         await graph.remove(node)
         raise
+    if bitmap is not None:
+        work.freeze(source, bitmap)
     node.is_implicit = options.filter_node_name is None
     jobs.add(job)
     return job
@@ -225,6 +238,8 @@ class Backup:
         self._driver = driver
         self._target = node.child("target").node
         self._job: Job | None = None
+        self._bitmap: tuple[Node, DirtyBitmap] | None = None
+        self._has_run = False
         self._cursor = 0  # where to look for the next piece
 
     def hold(self, job: Job) -> None:
@@ -240,6 +255,11 @@ class Backup:
             )
             edge.stays = True
 
+    def freeze(self, source: Node, bitmap: DirtyBitmap) -> None:
+        """Have the successor of a bitmap of the source record from now on (B4)."""
+        freeze(source.bitmaps, bitmap)
+        self._bitmap = source, bitmap
+
     def let_go(self) -> None:
         """Take the edges away again."""
         assert self._job is not None, "the work has its job"
@@ -254,6 +274,7 @@ class Backup:
         Raises:
             IoError: The filter gave way to a guest, or the target could not be flushed.
         """
+        self._has_run = True
         unsubscribe = self._driver.broken.subscribe(job.fail)
         try:
             if self._options.sync is Sync.NONE:
@@ -272,6 +293,7 @@ class Backup:
             CommandError: Parents of the filter cannot be given the source. Then the filter stays,
                 in the hands of the monitor.
         """
+        self._settle_bitmap()
         node = self._node
         while True:
             edge = node.file
@@ -288,6 +310,28 @@ class Backup:
                     raise
                 break
         await self._graph.remove(node)
+
+    def _settle_bitmap(self) -> None:
+        """Have the bitmap hold what it should, by mode and end (fleecing.md 2.2).
+
+        ::
+
+                        it went well              it did not
+            on-success  changed since             old and changed since
+            always      changed since             changed since, and not copied
+            never       old and changed since     old and changed since
+        """
+        if self._bitmap is None:
+            return
+        assert self._job is not None, "the work has its job"
+        source, bitmap = self._bitmap
+        self._bitmap = None
+        mode, has_failed = self._options.bitmap_mode, self._job.has_failed
+        is_synced = mode is BitmapMode.ALWAYS or (mode is not BitmapMode.NEVER and not has_failed)
+        if not (is_synced and self._has_run):
+            reclaim(source.bitmaps, bitmap)
+            return
+        abdicate(source.bitmaps, bitmap, also=self._driver.not_copied() if has_failed else ())
 
     def progress(self) -> tuple[int, int]:
         """Return what is in the target, and what will be."""
@@ -412,21 +456,33 @@ def _find(graph: Graph, name: str) -> Node:
 
 
 def _check_bitmap(source: Node, options: BackupOptions) -> None:
-    """Check what is said of bitmaps, which no backup of ours can use yet.
+    """Check what is said of bitmaps.
 
     Raises:
         CommandError: What is wrong.
     """
     sync, mode = options.sync, options.bitmap_mode
-    if sync in (Sync.INCREMENTAL, Sync.BITMAP) and options.bitmap is None:
-        raise CommandError(f"must provide a valid bitmap name for '{sync.value}' sync mode")
+    if options.bitmap is None:
+        if sync in _BY_BITMAP:
+            raise CommandError(f"must provide a valid bitmap name for '{sync.value}' sync mode")
+        if mode is not None:
+            raise CommandError("Cannot specify bitmap sync mode without a bitmap")
+        return
     if sync is Sync.INCREMENTAL and mode not in (None, BitmapMode.ON_SUCCESS):
         raise CommandError(
             "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"
         )
-    if options.bitmap is not None:
-        if options.bitmap not in source.bitmaps:
-            raise CommandError(f"Bitmap '{options.bitmap}' could not be found")
-        raise CommandError("Backups with bitmaps are not built yet")
-    if mode is not None:
-        raise CommandError("Cannot specify bitmap sync mode without a bitmap")
+    try:
+        bitmap = find_bitmap(source, options.bitmap)
+    except NotFound as error:
+        raise NotFound(f"Bitmap '{options.bitmap}' could not be found") from error
+    if mode is None and sync is not Sync.INCREMENTAL:
+        raise CommandError("Bitmap sync mode must be given when providing a bitmap")
+    bitmap.check_usable(to_change=mode is not BitmapMode.NEVER)
+    if sync is Sync.NONE:
+        raise CommandError("sync mode 'none' does not produce meaningful bitmap outputs")
+    if mode is BitmapMode.NEVER and sync not in _BY_BITMAP:
+        raise CommandError(
+            "Bitmap sync mode 'never' has no meaningful effect when combined with sync mode "
+            f"'{sync.value}'"
+        )

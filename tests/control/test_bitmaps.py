@@ -45,13 +45,10 @@ def action(verb: str, name: str | None = "b", **more: object) -> dict:
 ABORT = {"type": "abort", "data": {}}
 
 
-def bitmaps(daemon: StorageDaemon) -> dict[str, dict]:
-    (node,) = [
-        row
-        for row in daemon.ask("query-named-block-nodes", {"flat": True})
-        if row["node-name"] == "a"
-    ]
-    return {row.pop("name", ""): row for row in node.get("dirty-bitmaps", [])}
+def bitmaps(daemon: StorageDaemon, node: str = "a") -> dict[str, dict]:
+    rows = daemon.ask("query-named-block-nodes", {"flat": True})
+    (about,) = [row for row in rows if row["node-name"] == node]
+    return {row.pop("name", ""): row for row in about.get("dirty-bitmaps", [])}
 
 
 def sha256(daemon: StorageDaemon, name: str = "b") -> str:
@@ -216,4 +213,64 @@ def test_our_own_nbd_driver_tells_of_a_bitmap_in_place_of_allocation(
     done = run(program("nbdinfo"), "--map", "--json", daemon.uri("n"))
     rows = [(row["offset"], row["length"], row["type"]) for row in json.loads(done.stdout)]
     assert rows == [(0, MiB, 0), (MiB, 64 * KiB, 1), (MiB + 64 * KiB, SIZE - MiB - 64 * KiB, 0)]
-    assert daemon.error("blockdev-del", {"node-name": "n"}).startswith("Node 'n'")
+
+
+@pytest.mark.interop("qemu-io")
+def test_two_increments_that_end_together_or_not_at_all(
+    daemon: StorageDaemon, program: Program
+) -> None:
+    """T-B3: one fails, the other is cancelled, no bitmap forgets; the next try is whole."""
+    folder = daemon.folder
+    for name in ("c.raw", "to-a", "to-c", "bad"):
+        (folder / name).write_bytes(bytes(SIZE))
+    for name in ("c", "to-a", "to-c"):
+        file = {"driver": "file", "filename": "c.raw" if name == "c" else name}
+        daemon.ask("blockdev-add", {**file, "node-name": name})
+    inject = [{"event": "write_aio", "errno": 5}]
+    image = {"driver": "file", "filename": "bad"}
+    daemon.ask(
+        "blockdev-add",
+        {"driver": "blkdebug", "node-name": "bad", "image": image, "inject-error": inject},
+    )
+    daemon.ask("block-export-add", {"type": "nbd", "id": "c", "node-name": "c", "writable": True})
+    adds = [
+        {"type": "block-dirty-bitmap-add", "data": {"node": node, "name": "b"}}
+        for node in ("a", "c")
+    ]
+    daemon.ask("transaction", {"actions": adds})
+    for name in ("live", "c"):
+        qemu_io(program, daemon.uri(name), "write -P 9 1M 128k")
+
+    def increments(*targets: str) -> dict:
+        actions = [
+            {
+                "type": "blockdev-backup",
+                "data": {
+                    "job-id": f"job-{node}",
+                    "device": node,
+                    "target": target,
+                    "sync": "incremental",
+                    "bitmap": "b",
+                },
+            }
+            for node, target in zip(("a", "c"), targets, strict=True)
+        ]
+        return {"actions": actions, "properties": {"completion-mode": "grouped"}}
+
+    daemon.ask("transaction", increments("to-a", "bad"))
+    assert daemon.event("BLOCK_JOB_ERROR") == {
+        "device": "job-c",
+        "operation": "write",
+        "action": "report",
+    }
+    while daemon.ask("query-jobs"):
+        daemon.event("JOB_STATUS_CHANGE")
+    for node in ("a", "c"):
+        assert bitmaps(daemon, node)["b"]["count"] == 128 * KiB
+    daemon.ask("transaction", increments("to-a", "to-c"))
+    for _ in range(2):
+        assert daemon.event("BLOCK_JOB_COMPLETED")["offset"] == 128 * KiB
+    for node, disk in (("a", "a.raw"), ("c", "c.raw")):
+        assert bitmaps(daemon, node)["b"]["count"] == 0
+        there = (folder / f"to-{node}").read_bytes()[MiB : MiB + 128 * KiB]
+        assert there == (folder / disk).read_bytes()[MiB : MiB + 128 * KiB] == b"\t" * 128 * KiB

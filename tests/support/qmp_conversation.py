@@ -542,6 +542,19 @@ WAIT = "wait"  # not a command: until job `id` has `status`, or is gone
 
 _BACKUP = {"device": "a", "target": "t", "sync": "full"}
 
+
+def _bitmap_backups() -> Iterator[Step]:
+    for sync in ("full", "top", "none", "incremental", "bitmap"):
+        for name in ("b", "nope", None):
+            for mode in ("on-success", "always", "never", None):
+                given = {"bitmap": name, "bitmap-mode": mode}
+                if not any(given.values()):
+                    continue
+                given = {key: value for key, value in given.items() if value is not None}
+                yield Step("blockdev-backup", {**_BACKUP, "sync": sync, "job-id": "m", **given})
+                yield Step(WAIT, {"id": "m", "status": None})
+
+
 JOB_STEPS = (
     Step("blockdev-add", _null("a", size=_MIB, **{"read-zeroes": True})),
     Step("blockdev-add", _null("t", size=_MIB)),
@@ -585,6 +598,10 @@ JOB_STEPS = (
     # one that nobody looks after
     Step("blockdev-backup", {**_BACKUP, "job-id": "l"}),
     Step(WAIT, {"id": "l", "status": None}),
+    # with bitmaps: what makes sense, and what does not
+    _bitmap("add", node="a", name="b"),
+    *_bitmap_backups(),
+    Step("query-named-block-nodes", {"flat": True}, result="subset", ignore=("file", "filename")),
     Step("blockdev-del", {"node-name": "a"}),
     Step("blockdev-del", {"node-name": "t"}),
 )

@@ -16,7 +16,7 @@ Follows: QEMU block/backup.c and block/block-copy.c.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import ZERO, clip, merge
@@ -32,6 +32,11 @@ from nbdfleece.block.drivers.copy_before_write import (
     OnCbwError,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nbdfleece.block.bitmap import DirtyBitmap
+
 _NOTHING: Final = (0, 0)
 
 
@@ -44,10 +49,11 @@ class BackupFilter(CopyBeforeWrite):
 
     Args:
         on_cbw_error: What gives way when old data cannot be saved before a guest's write.
+        bitmap: Copy only what is dirty here at `open`; None: everything.
     """
 
-    def __init__(self, *, on_cbw_error: OnCbwError) -> None:
-        super().__init__(on_cbw_error=on_cbw_error, min_cluster_size=BACKUP_CLUSTER)
+    def __init__(self, *, on_cbw_error: OnCbwError, bitmap: DirtyBitmap | None = None) -> None:
+        super().__init__(on_cbw_error=on_cbw_error, min_cluster_size=BACKUP_CLUSTER, bitmap=bitmap)
 
     def has_point_in_time(self) -> bool:
         """Say no: the filter goes when its job ends."""
@@ -98,6 +104,12 @@ class BackupFilter(CopyBeforeWrite):
         for start, stop, state in self._states.runs(first, last):
             if state == UNCOPIED:
                 self._states.fill(start, stop, GONE)
+
+    def not_copied(self) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) of what was to be copied and is not in the target."""
+        for first, last, state in self._states.runs(0, len(self._states)):
+            if state in (UNCOPIED, MOVING):
+                yield self._bytes(first, last)
 
     def progress(self) -> tuple[int, int]:
         """Return (done, total) in bytes, whole clusters, without what was skipped."""

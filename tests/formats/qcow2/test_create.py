@@ -74,7 +74,9 @@ def test_qemu_img_finds_nothing_wrong(image: NewImage, tmp_path: Path) -> None:
 @pytest.mark.interop("qemu-img")
 @pytest.mark.parametrize("raw", [False, True])
 def test_an_external_data_file_is_named(raw: bool, tmp_path: Path) -> None:
-    image = NewImage(size=SIZE, data_file=str(tmp_path / "x.raw"), data_file_raw=raw, preallocate=raw)
+    image = NewImage(
+        size=SIZE, data_file=str(tmp_path / "x.raw"), data_file_raw=raw, preallocate=raw
+    )
     with (tmp_path / "x.raw").open("wb") as data:
         data.truncate(SIZE)
     path = write(tmp_path / "x.qcow2", image)
