@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from nbdfleece.block.node import Node
     from nbdfleece.datapath.fileio import FileIo
+    from nbdfleece.datapath.route import EarlyReply
 
 Buffer = bytes | bytearray | memoryview
 
@@ -220,6 +221,14 @@ class Driver(ABC):
         With `fua`, return only when it is on stable storage.
         """
         raise IoError(errno.ENOTSUP, self._where("write", offset, len(data)))
+
+    async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
+        """As `write` without FUA; may call `reply` as soon as the data is written.
+
+        In any thread, and only if nothing is left to be done then but what no client can see. After
+        an error, and by drivers that do more, it has not been called.
+        """
+        await self.write(offset, data, fua=False)
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nbdfleece.block.driver import Driver
     from nbdfleece.block.registry import NodeSpec
     from nbdfleece.datapath.fileio import FileIo
-    from nbdfleece.datapath.route import IoVerbs
+    from nbdfleece.datapath.route import EarlyReply, IoVerbs
 
 _ZEROES = memoryview(bytes(ZERO_PIECE))
 
@@ -190,7 +190,7 @@ class Node:
     def plain_file(self) -> FileIo | None:
         """Return the open file, when using it directly is the same as using this node.
 
-        Whoever writes to it calls `mark_before` and `mark_after` (N2).
+        Whoever writes to it calls `mark_before` and `mark` (N2).
         """
         if self.read_only or self.write_threshold or self.accounting:
             return None
@@ -245,7 +245,29 @@ class Node:
             await self.verbs.write(offset, data, fua=fua)
         finally:
             if self.bitmaps:
-                self.mark_after(offset, len(data))
+                self.mark(offset, len(data))
+            self.leave()
+
+    async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
+        """As `write` without FUA; may have called `reply`, see Driver.write_replying.
+
+        Not where something is counted behind the write. Bitmaps are marked before it as well: who
+        has got the reply may look at them at once.
+
+        Cancel: not cancelled.
+        """
+        if self.write_threshold or self.accounting is not None:
+            await self.write(offset, data, fua=False)
+            return
+        self._check_write("write", offset, len(data))
+        self.in_flight += 1
+        if self.bitmaps:
+            self.mark(offset, len(data))
+        try:
+            await self.driver.write_replying(offset, data, reply)
+        finally:
+            if self.bitmaps:
+                self.mark(offset, len(data))
             self.leave()
 
     async def write_zeroes(
@@ -279,7 +301,7 @@ class Node:
                 await self._write_zero_pieces(offset, length, fua=fua)
         finally:
             if self.bitmaps:
-                self.mark_after(offset, length)
+                self.mark(offset, length)
             self.leave()
 
     async def discard(self, offset: int, length: int) -> None:
@@ -300,7 +322,7 @@ class Node:
                 await self.verbs.discard(offset, length)
         finally:
             if self.bitmaps:
-                self.mark_after(offset, length)
+                self.mark(offset, length)
             self.leave()
 
     async def flush(self) -> None:
@@ -344,7 +366,7 @@ class Node:
             if bitmap.store is not None:
                 bitmap.mark(offset, length)
 
-    def mark_after(self, offset: int, length: int) -> None:
+    def mark(self, offset: int, length: int) -> None:
         """Mark all recording bitmaps: a write has ended, however it did (N2)."""
         for bitmap in self.bitmaps.values():
             bitmap.mark(offset, length)

@@ -28,6 +28,8 @@ from nbdfleece.datapath.workers import Lane
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nbdfleece.datapath.route import EarlyReply
+
 T = TypeVar("T")
 
 _PUNCH_HOLE: Final = 0x02  # FALLOC_FL_*, not in the os module
@@ -120,21 +122,34 @@ class FileIo:
         """
         await self.run(lambda: _read_all(self.fd, offset, view), "read", offset, len(view))
 
-    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
-        """Write all of `data`; with `fua`, to stable storage."""
+    async def write(
+        self, offset: int, data: memoryview, *, fua: bool, reply: EarlyReply | None = None
+    ) -> None:
+        """Write all of `data`; with `fua`, to stable storage.
+
+        `reply`, if given, has been called when a short write without `fua` returns.
+        """
         fd = self.fd
         try:
             if fua:
                 await self._writes.submit(lambda: _write_all(fd, offset, data, os.RWF_DSYNC))
-            elif len(data) <= _SMALL_WRITE:
+            elif len(data) > _SMALL_WRITE:
+                await self._writes.submit(lambda: _write_all(fd, offset, data, 0))
+            elif reply is None:
                 await self._serial.submit(lambda: _write_all(fd, offset, data, 0))
             else:
-                await self._writes.submit(lambda: _write_all(fd, offset, data, 0))
+                await self._serial.submit(lambda: _write_then(fd, offset, data, reply))
         except OSError as error:
             raise self._error(error, "write", offset, len(data)) from error
 
     async def save_then_write(
-        self, target: FileIo, saves: list[Save], states: SaveStates, offset: int, data: memoryview
+        self,
+        target: FileIo,
+        saves: list[Save],
+        states: SaveStates,
+        offset: int,
+        data: memoryview,
+        reply: EarlyReply | None = None,
     ) -> None:
         """Copy old data to `target`, set its states, then write `data` here: one hop.
 
@@ -144,6 +159,7 @@ class FileIo:
             states: What to set.
             offset: Where `data` goes.
             data: The new data.
+            reply: Has been called when this returns; None: nothing is.
 
         Raises:
             SaveError: A copy failed; the states of what was not copied are unchanged.
@@ -155,7 +171,9 @@ class FileIo:
         lane = target._serial if cached and len(data) <= _SMALL_WRITE else target._writes
         fd, target_fd = self.fd, target.fd
         try:
-            await lane.submit(lambda: _save_then_write(fd, target_fd, saves, states, offset, data))
+            await lane.submit(
+                lambda: _save_then_write(fd, target_fd, saves, states, offset, data, reply)
+            )
         except OSError as error:
             raise self._error(error, "write", offset, len(data)) from error
 
@@ -262,8 +280,19 @@ def _write_all(fd: int, offset: int, data: bytes | bytearray | memoryview, flags
         count = os.pwritev(fd, (data,), offset, flags)
 
 
+def _write_then(fd: int, offset: int, data: memoryview, reply: EarlyReply) -> None:
+    _write_all(fd, offset, data, 0)
+    reply()
+
+
 def _save_then_write(
-    fd: int, target_fd: int, saves: list[Save], states: SaveStates, offset: int, data: memoryview
+    fd: int,
+    target_fd: int,
+    saves: list[Save],
+    states: SaveStates,
+    offset: int,
+    data: memoryview,
+    reply: EarlyReply | None,
 ) -> None:
     try:
         for at, old, page, first, last in saves:
@@ -276,6 +305,8 @@ def _save_then_write(
     except OSError as error:
         raise SaveError(error) from error
     _write_all(fd, offset, data, 0)
+    if reply is not None:
+        reply()
 
 
 def _save(

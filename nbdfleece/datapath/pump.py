@@ -18,7 +18,9 @@ Invariants
       chunk follows what was sent.
   P6  A drain waits for disks and never for the client: a long READ is sent in pieces, and between
       two pieces it is not in flight.
-  P7  Once retired, nothing of the export is touched again but by requests in flight.
+  P7  A WRITE that is alone may be answered by the thread that made it (Outbox.send_from_thread);
+      it is in flight until the event loop has seen its end.
+  P8  Once retired, nothing of the export is touched again but by requests in flight.
 
 Over TLS the same holds; what TLS has received and decrypts later is looked for in turns of the
 loop, since no poll of the socket announces it.
@@ -47,7 +49,7 @@ from nbdfleece.base.limits import (
 from nbdfleece.base.units import KiB, MiB
 from nbdfleece.datapath.idle import IdleWatch
 from nbdfleece.datapath.inbox import Inbox
-from nbdfleece.datapath.outbox import Outbox
+from nbdfleece.datapath.outbox import Early, Outbox
 from nbdfleece.datapath.replies import is_hole, replies_of
 from nbdfleece.datapath.status import block_status, memory_needed
 from nbdfleece.datapath.step import Step, let_others_run
@@ -160,7 +162,6 @@ class Pump:
         self._max_requests, self._max_bytes = limits.requests, limits.bytes_in_flight
         self._structured, self._extended = structured or extended, extended
         self._replies = replies_of(structured=structured, extended=extended)
-        self._success = self._replies.success
         self._layout = wire.EXTENDED_REQUEST if extended else wire.REQUEST
         self._completions = completions()
         self._loop = self._completions.loop
@@ -173,14 +174,15 @@ class Pump:
         self._reading = self._working = False  # the socket is watched; inside _work
         self._flush_planned = self._turn_planned = self._look_planned = False
         self._hungry = False  # nothing more can be begun with the bytes we have
-        self._retired = False
-        self._finishing = self._gone = False  # close when all is replied to; socket closed
+        self._retired = self._finishing = self._gone = False  # _finishing: close when replied to
+        self._early: Early | None = None  # of the last WRITE that began alone
         self._reason: str | None = None
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._idle = IdleWatch(self._loop, limits.idle_s, self._progress, self.abort)
         if stream.family == socket.AF_UNIX:
             # Big enough that a 256 KiB reply goes out in one call. TCP sizes its own.
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
+        self._replies_early = self._tls is None and stream.family == socket.AF_UNIX
 
     # --- life ------------------------------------------------------------------------------
 
@@ -211,7 +213,7 @@ class Pump:
             await waiter
 
     def retire(self) -> None:
-        """Answer all further requests with NBD_ESHUTDOWN; the client stays until it leaves (P7)."""
+        """Answer all further requests with NBD_ESHUTDOWN; the client stays until it leaves (P8)."""
         self._retired = True
 
     def finish(self) -> None:
@@ -427,7 +429,7 @@ class Pump:
         elif command == NBD_CMD_BLOCK_STATUS:
             self._begin_status(request, contexts)
         elif length == 0 and command != NBD_CMD_FLUSH:
-            self._emit(self._success(request))
+            self._emit(self._replies.success(request))
         else:
             self._begin(request, carry_out(self.route.io, request, self._nobody_waits))
 
@@ -566,7 +568,19 @@ class Pump:
         flags, _, _, offset, length = request
         self.bytes_written += length
         fua = bool(flags & NBD_CMD_FLAG_FUA)
-        self._begin(request, self.route.io.write(offset, data, fua=fua), length)
+        route = self.route
+        write_replying = route.write_replying
+        if write_replying and not fua and self._replies_early and self._is_alone():
+            early = self._early = Early(self._out, self._replies.success(request))
+            self._begin(request, write_replying(offset, data, early.send), length, early)
+        else:
+            self._begin(request, route.io.write(offset, data, fua=fua), length)
+
+    def _is_alone(self) -> bool:
+        """Tell whether the client waits for no other reply: more at once are sent together."""
+        if self.in_flight == 0:
+            return True
+        return self.in_flight == 1 and self._early is not None and self._early.sent
 
     def _nobody_waits(self) -> bool:
         """Tell whether requests in flight may take their time."""
@@ -584,20 +598,28 @@ class Pump:
         request: Request,
         coroutine: Coroutine[object, None, bytes | None],
         held: int = 0,
+        early: Early | None = None,
     ) -> None:
-        """Run a request that may wait; `held` bytes of memory are its own until it ends."""
+        """Run a request that may wait; `held` bytes of memory are its own until it ends.
+
+        `early`, if given, may have answered it by then.
+        """
         self.in_flight += 1
         self._bytes_in_flight += held
 
         def ended(reply: bytes | None, error: BaseException | None) -> None:
             self.in_flight -= 1
             self._bytes_in_flight -= held
-            if error is not None:
+            if early is not None and early.sent:
+                if error is not None:
+                    _log.error("request %r failed behind its reply", request, exc_info=error)
+                    self.abort("internal error")
+            elif error is not None:
                 self._reply_failure(request, error)
             elif reply is not None:
                 self._emit(reply)
             elif request[1] != NBD_CMD_READ:
-                self._emit(self._success(request))
+                self._emit(self._replies.success(request))
             if not self._working:
                 self._after_request()
 

@@ -11,8 +11,16 @@ from typing import Protocol
 
 from nbdfleece.base.extent import Extent
 
+EarlyReply = Callable[[], None]
+"""Answers a WRITE, from a worker thread: called at most once, when the data is written and nothing
+is left to be done but what no client can see. Never raises."""
+
 StatusFunction = Callable[[int, int], Awaitable[list[Extent]]]
 """(offset, length) -> extents from offset on, at least one; `flags` are those of the context."""
+
+
+WriteReplying = Callable[[int, memoryview, EarlyReply | None], Coroutine[object, None, None]]
+"""(offset, data, reply): writes; may have called `reply` when it returns without an error."""
 
 
 class IoVerbs(Protocol):
@@ -52,14 +60,17 @@ class Route:
         flags: Transmission flags as advertised, DF left out (it is the connection's).
         io: The verbs of the node behind the export.
         read_now: `io.read_now`, or a driver's own when nothing lies between.
+        write_replying: As `io.write` without FUA, with an EarlyReply for it or None; None where
+            something is left to do behind each write.
         refused: Told the command of a request that is refused unseen, where somebody counts those.
     """
 
-    __slots__ = ("flags", "io", "read_now", "refused", "size")
+    __slots__ = ("flags", "io", "read_now", "refused", "size", "write_replying")
 
     def __init__(self, io: IoVerbs, *, size: int, flags: int) -> None:
         self.io = io
         self.size = size
         self.flags = flags
         self.read_now = io.read_now
+        self.write_replying: WriteReplying | None = None
         self.refused: Callable[[int], None] | None = None

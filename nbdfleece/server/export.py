@@ -304,6 +304,8 @@ class Export:
         route = Route(io, size=node.size, flags=flags)
         # `Node.read_now` does nothing but this call.
         route.read_now = node.verbs.read_now
+        if not self.options.writethrough:
+            route.write_replying = node.write_replying
         return route
 
     # --- accounting ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent
 from nbdfleece.block import permissions as perms
+from nbdfleece.block.accounting import Accounting
 from nbdfleece.block.bitmap import DirtyBitmap
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.graph import Graph
@@ -618,4 +619,75 @@ async def test_the_one_hop_way_obeys_the_policy_when_the_temp_fails(
         with pytest.raises(IoError):
             await read(fleecing.access, MIB - 1, 1)
     read_only.close()
+    await fleecing.close()
+
+
+# --- replies before the event loop knows ---------------------------------------------------------
+
+
+async def write_replying(node: Node, offset: int, data: bytes, replied: list[str]) -> None:
+    await node.write_replying(offset, memoryview(data), lambda: replied.append("early"))
+
+
+async def test_a_first_write_is_replied_to_when_old_data_is_saved_and_new_data_written(
+    tmp_path: Path,
+) -> None:
+    disk = b"a" * MIB
+    fleecing, temp = await on_files(tmp_path, disk, CopyBeforeWrite())
+    seen: list[tuple[bytes, bytes]] = []
+
+    def reply() -> None:
+        seen.append(((tmp_path / "active").read_bytes()[:4096], temp.read_bytes()[:4096]))
+
+    await fleecing.cbw.write_replying(0, memoryview(b"b" * 4096), reply)
+    assert seen == [(b"b" * 4096, b"a" * 4096)]
+    await fleecing.cbw.write_replying(0, memoryview(b"c" * 4096), reply)  # nothing left to save
+    assert seen[1] == (b"c" * 4096, b"a" * 4096)
+    assert await read_all(fleecing.access) == disk
+    await fleecing.close()
+
+
+async def test_a_write_whose_copy_fails_is_not_replied_to_early(tmp_path: Path) -> None:
+    fleecing, _ = await on_files(tmp_path, b"a" * MIB, CopyBeforeWrite(on_cbw_error=BREAK_GUEST))
+    target = fleecing.temp.plain_file()
+    assert target is not None
+    read_only = (tmp_path / "temp").open("rb")
+    writable, target.fd = target.fd, read_only.fileno()  # EBADF for writes
+    replied: list[str] = []
+    with pytest.raises(IoError):
+        await write_replying(fleecing.cbw, 0, b"b" * 4096, replied)
+    assert replied == []
+    target.fd = writable
+    read_only.close()
+    await fleecing.close()
+
+
+async def test_whoever_got_an_early_reply_finds_bitmaps_marked(tmp_path: Path) -> None:
+    fleecing, _ = await on_files(tmp_path, b"a" * MIB, CopyBeforeWrite())
+    bitmap = DirtyBitmap("top", size=MIB, granularity=4096, enabled=True)
+    fleecing.cbw.bitmaps["top"] = bitmap
+    counts: list[int] = []
+    await fleecing.cbw.write_replying(
+        0, memoryview(b"b" * 4096), lambda: counts.append(bitmap.count())
+    )
+    assert counts == [4096]
+    below = DirtyBitmap("below", size=MIB, granularity=4096, enabled=True)
+    fleecing.active.bitmaps["below"] = below
+    await fleecing.cbw.write_replying(
+        8192, memoryview(b"b" * 4096), lambda: counts.append(below.count())
+    )
+    assert set(counts[1:]) <= {4096}
+    assert below.count() == 4096
+    await fleecing.close()
+
+
+async def test_what_is_counted_is_not_replied_to_early(tmp_path: Path) -> None:
+    fleecing, _ = await on_files(tmp_path, b"a" * MIB, CopyBeforeWrite())
+    replied: list[str] = []
+    fleecing.cbw.account(Accounting())
+    await write_replying(fleecing.cbw, 0, b"b" * 4096, replied)
+    fleecing.cbw.account(None)
+    fleecing.cbw.write_threshold = MIB
+    await write_replying(fleecing.cbw, 0, b"b" * 4096, replied)
+    assert replied == []
     await fleecing.close()

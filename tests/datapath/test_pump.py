@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import errno
 import random
+import select
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -20,6 +22,7 @@ from nbdfleece.datapath.pump import Pump, PumpLimits
 from nbdfleece.datapath.route import Route
 from nbdfleece.datapath.stream import Stream
 from nbdfleece.datapath.tls import TlsStream
+from nbdfleece.datapath.workers import Lane
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.protocol.nbd import wire
 from nbdfleece.protocol.nbd.client import RemoteExport
@@ -938,3 +941,116 @@ async def test_a_reply_waits_for_the_rest_of_the_clients_message(line: MakeLine)
     is_whole = True
     assert (await future).error == 0
     assert not server.pump._out.blocked
+
+
+# --- replies of worker threads --------------------------------------------------------------------
+
+
+class InThreads(MemoryDriver):
+    """Writes in a worker thread, which replies as drivers of plain files do.
+
+    Attributes:
+        lane: Of that thread.
+        replied: How many writes had a reply to send early.
+        fail_behind: Raise when the reply has gone out: a bug.
+        go: Writes wait for it in the thread.
+    """
+
+    def __init__(self, data: bytearray) -> None:
+        super().__init__(data, random.Random(0), now_share=1.0)
+        self.lane = Lane("test", 1)
+        self.replied = 0
+        self.fail_behind = False
+        self.go = threading.Event()
+        self.go.set()
+
+    async def write_replying(
+        self, offset: int, data: memoryview, reply: Callable[[], None] | None
+    ) -> None:
+        def call() -> None:
+            assert self.go.wait(30)
+            self.data[offset : offset + len(data)] = data
+            if reply is not None:
+                self.replied += 1
+                reply()
+
+        await self.lane.submit(call)
+        if self.fail_behind:
+            raise IoError(errno.EIO, "behind the reply")
+
+
+@every
+async def test_a_write_alone_is_answered_while_the_event_loop_is_elsewhere(
+    line: MakeLine, mode: dict[str, bool]
+) -> None:
+    driver = InThreads(bytearray(MIB))
+    server = await line(driver, **mode)
+    server.pump.route.write_replying = server.node.write_replying
+    driver.go.clear()
+    future = await server.client.submit(c.NBD_CMD_WRITE, 0, 4096, data=b"w" * 4096)
+    await until(lambda: server.pump.in_flight)
+    await turns(2)  # the call is handed over at the end of the turn
+    driver.go.set()
+    readable, _, _ = select.select([server.client.sock], [], [], 30)  # the loop stands still
+    assert readable
+    assert server.pump.in_flight == 1
+    assert (await future).error == 0
+    await until(lambda: not server.pump.in_flight)
+    assert driver.replied == 1
+    driver.lane.close()
+
+
+@over_both
+@every
+async def test_early_replies_and_others_mix_into_one_good_stream(
+    line: MakeLine, rng: random.Random, mode: dict[str, bool], tls: bool
+) -> None:
+    disk = bytearray(rng.randbytes(4 * MIB))
+    driver = InThreads(bytearray(disk))
+    server = await line(driver, tls=tls, **mode)
+    server.pump.route.write_replying = server.node.write_replying
+    for _ in range(150):
+        at = rng.randrange(MIB)
+        data = rng.randbytes(rng.randrange(1, 5000))
+        future = await server.client.submit(c.NBD_CMD_WRITE, at, len(data), data=data)
+        reads = []
+        for _ in range(rng.randrange(4)):  # of another part of the disk, some of them long
+            start = rng.randrange(2 * MIB, 3 * MIB)
+            length = rng.choice([1, 4096, 300_000, MIB])
+            reads.append((start, length, await server.client.submit(0, start, length)))
+        assert (await future).error == 0
+        disk[at : at + len(data)] = data
+        for start, length, reading in reads:
+            assert (await reading).data == disk[start : start + length]
+    assert driver.data == disk
+    assert (driver.replied > 0) == (not tls)
+    driver.lane.close()
+
+
+async def test_writes_with_fua_and_writes_in_a_crowd_wait_for_the_loop(line: MakeLine) -> None:
+    driver = InThreads(bytearray(MIB))
+    server = await line(driver)
+    server.pump.route.write_replying = server.node.write_replying
+    await server.client.write(0, b"w" * 512, flags=c.NBD_CMD_FLAG_FUA)
+    assert driver.replied == 0
+    driver.hold.add("flush")
+    flush = await server.client.submit(c.NBD_CMD_FLUSH, 0, 0)
+    await until(lambda: server.pump.in_flight)
+    await server.client.write(0, b"x" * 512)
+    assert driver.replied == 0
+    driver.held.set()
+    assert (await flush).error == 0
+    driver.lane.close()
+
+
+async def test_a_failure_behind_the_reply_ends_the_connection(
+    line: MakeLine, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = InThreads(bytearray(MIB))
+    driver.fail_behind = True
+    server = await line(driver)
+    server.pump.route.write_replying = server.node.write_replying
+    assert (await server.client.ask(c.NBD_CMD_WRITE, 0, 512, data=b"w" * 512)).error == 0
+    assert await server.pump.closed == "internal error"
+    assert "behind its reply" in caplog.text
+    driver.lane.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Callable
 
 from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent, merge
@@ -28,7 +29,14 @@ class FileIo:
             raise IoError(errno.EIO, f"'{self.name}': read of {len(view)} bytes at {offset}")
         view[:] = data
 
-    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+    async def write(
+        self,
+        offset: int,
+        data: memoryview,
+        *,
+        fua: bool,
+        reply: Callable[[], None] | None = None,
+    ) -> None:
         await asyncio.to_thread(os.pwrite, self.fd, data, offset)
         if fua:
             await self.sync()
@@ -40,6 +48,7 @@ class FileIo:
         states: SaveStates,
         offset: int,
         data: memoryview,
+        reply: Callable[[], None] | None = None,
     ) -> None:
         for at, old, page, first, last in saves:
             saved = os.pread(self.fd, old, at) if isinstance(old, int) else old

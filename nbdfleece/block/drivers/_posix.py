@@ -33,6 +33,8 @@ from nbdfleece.datapath.workers import Lane
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from nbdfleece.datapath.route import EarlyReply
+
 _BLKSSZGET: Final = 0x1268  # <linux/fs.h>
 _INT: Final = struct.Struct("@i")
 # What the kernel says of an operation that it will not do on this file later either.
@@ -279,6 +281,13 @@ class PosixDriver(Driver):
             await self._direct.write(offset, data, fua=fua)
         else:
             await self._opened().write(offset, data, fua=fua)
+
+    async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
+        """See Driver.write_replying."""
+        if self._direct is not None:
+            await self._direct.write(offset, data, fua=False)
+        else:
+            await self._opened().write(offset, data, fua=False, reply=reply)
 
     async def flush(self) -> None:
         """See Driver.flush."""

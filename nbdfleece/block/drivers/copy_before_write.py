@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.child import Child
     from nbdfleece.block.node import Node
+    from nbdfleece.datapath.route import EarlyReply
 
 UNCOPIED: Final = 0
 MOVING: Final = 1
@@ -216,15 +217,22 @@ class CopyBeforeWrite(Driver):
             IoError: Under break-guest-write also when old data could not be saved; then `file` is
                 unchanged.
         """
+        if not fua:
+            await self.write_replying(offset, data, None)
+            return
+        await self._before_write(offset, len(data))
+        await self._source().write(offset, data, fua=True)
+
+    async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
+        """As `write`; see Driver.write_replying. What follows `reply` releases claims, no more."""
         if (
             self.error is None
-            and not fua
             and not self.cbw_timeout_s
-            and await self._save_then_write(offset, data)
+            and await self._save_then_write(offset, data, reply)
         ):
             return
         await self._before_write(offset, len(data))
-        await self._source().write(offset, data, fua=fua)
+        await self._source().write_replying(offset, data, reply)
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
@@ -274,8 +282,12 @@ class CopyBeforeWrite(Driver):
 
     # --- saving ----------------------------------------------------------------------------
 
-    async def _save_then_write(self, offset: int, data: memoryview) -> bool:
+    async def _save_then_write(
+        self, offset: int, data: memoryview, reply: EarlyReply | None
+    ) -> bool:
         """Save and write in one hop to a thread, where both nodes are plain files.
+
+        `reply`, if given, may have been called when it is True.
 
         Returns:
             False when this way is not open here; nothing has been done then but what `_save` will
@@ -314,9 +326,12 @@ class CopyBeforeWrite(Driver):
             return False
         if source.bitmaps:
             source.mark_before(offset, len(data))
+            reply = None  # the rest is marked behind the write
         has_reached_source = True
         try:
-            await source_file.save_then_write(target_file, saves, self._save_states, offset, data)
+            await source_file.save_then_write(
+                target_file, saves, self._save_states, offset, data, reply
+            )
         except SaveError as error:
             has_reached_source = False
             self.saved_bytes -= self._unclaim(claims)
@@ -328,7 +343,7 @@ class CopyBeforeWrite(Driver):
             return False
         finally:
             if source.bitmaps and has_reached_source:
-                source.mark_after(offset, len(data))
+                source.mark(offset, len(data))
             self._wake_moved()
             self._give_back_zeroes(saves)
         return True

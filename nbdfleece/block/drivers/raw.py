@@ -24,6 +24,7 @@ from nbdfleece.block.driver import Driver, Reopening
 
 if TYPE_CHECKING:
     from nbdfleece.block.node import Node
+    from nbdfleece.datapath.route import EarlyReply
 
 
 class RawDriver(Driver):
@@ -127,6 +128,10 @@ class RawDriver(Driver):
     async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
         """Forward; see Driver.write."""
         await self._below().write(self._offset + offset, data, fua=fua)
+
+    async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
+        """Forward; see Driver.write_replying."""
+        await self._below().write_replying(self._offset + offset, data, reply)
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
