@@ -15,6 +15,7 @@ from nbdfleece.block.drivers.null import NullDriver
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.cli.client import Client, CommandFailed
+from nbdfleece.control.commands.transaction import ACTIONS
 from nbdfleece.control.transaction import Action, ActionKind, Transaction
 from nbdfleece.protocol.qmp.schema import Arguments, String, Struct
 from tests.support.live import serving
@@ -200,6 +201,28 @@ async def test_what_makes_no_job_cannot_be_grouped() -> None:
     with pytest.raises(CommandError, match="Action 'noted' does not support Transaction property"):
         await bench.run("a", grouped=True)
     assert bench.done == ["begin a", "clean a"]
+
+
+async def test_merging_waits_for_writes_to_the_nodes_of_the_sources() -> None:
+    bench = Bench()
+    one, two = await bench.node("one"), await bench.node("two")
+
+    async def run(kind: str, **data: object) -> None:
+        found = ACTIONS[f"block-dirty-bitmap-{kind}"]
+        await Transaction(bench.context).run([(found, Arguments(found.arguments, data))])
+
+    for node in ("one", "two"):
+        await run("add", node=node, name="b")
+    two.enter()
+    two.bitmaps["b"].mark(0, 1)
+    async with asyncio.TaskGroup() as tasks:
+        sources = [{"node": "two", "name": "b"}]
+        tasks.create_task(run("merge", node="one", target="b", bitmaps=sources))
+        await turns(5)
+        assert one.bitmaps["b"].count() == 0
+        two.bitmaps["b"].mark(1 << 19, 1)
+        two.leave()
+    assert one.bitmaps["b"].count() == 2 << 16
 
 
 # --- the real actions, in the real daemon --------------------------------------------------------

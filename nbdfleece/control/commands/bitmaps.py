@@ -179,6 +179,14 @@ class _Merge(_BitmapAction):
 
     _before: Content
 
+    def nodes(self) -> list[Node]:
+        """See Action.nodes; a write to the node of a source is not to be missed either."""
+        given = self.arguments.members["bitmaps"]
+        assert isinstance(given, Sequence), "checked by the schema"
+        names = [str(item["node"]) for item in given if isinstance(item, Mapping)]
+        found = [self.context.graph.get(name) for name in names]
+        return [*super().nodes(), *(node for node in found if node is not None)]
+
     async def prepare(self) -> None:
         """See Action.prepare."""
         self._sources()
