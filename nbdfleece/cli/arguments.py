@@ -41,7 +41,6 @@ NOT_BUILT: Final = frozenset(
         ("rollback",),
         ("map",),
         ("completion",),
-        ("bitmap",),
         ("check",),
         ("backup",),
         ("restore",),
@@ -52,13 +51,11 @@ NOT_BUILT: Final = frozenset(
 _SERVE_LATER: Final = (("--metrics", True),)
 _CREATE_LATER: Final = (
     ("--expire", True),
-    ("--bitmap", True),
     ("--pre", True),
     ("--post", True),
     ("--hook-timeout", True),
     ("--internal", False),
 )
-_DELETE_LATER: Final = (("--success", False), ("--failed", False))
 
 
 def build_parser(version: str) -> Parser:
@@ -73,6 +70,7 @@ def build_parser(version: str) -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_snapshot(commands)
+    _add_bitmap(commands)
     _add_status(commands)
     _add_client(commands)
     _add_qmp(commands)
@@ -186,6 +184,7 @@ def _add_snapshot(commands: _Commands) -> None:
         choices=("break-snapshot", "break-guest-write"),
         help="what gives way when old data cannot be kept (default: break-snapshot)",
     )
+    text("--bitmap", "freeze this bitmap at the instant, or start it", "NAME")
     text("--timeout", "most that a guest write waits for old data", "SECONDS", kind=_seconds)
     text(
         "--token",
@@ -210,8 +209,40 @@ def _add_snapshot(commands: _Commands) -> None:
     delete.set_defaults(command="snapshot delete")
     delete.add_argument("snapshots", nargs="+", metavar="DISK@NAME", help="which ones")
     _switch(delete, "--force", "also while they are being read")
+    outcome = delete.add_mutually_exclusive_group()
+    outcome.add_argument(
+        "--success",
+        action="store_true",
+        help="they have been copied: of their bitmaps, what has changed since stays dirty",
+    )
+    outcome.add_argument(
+        "--failed", action="store_true", help="their bitmaps forget nothing (the default)"
+    )
     _add_common(delete, json=False)
-    _add_later(delete, _DELETE_LATER)
+
+
+def _add_bitmap(commands: _Commands) -> None:
+    group = _add(
+        commands, "bitmap", "keep dirty bitmaps: what has been written", "bitmap list vda"
+    ).add_subparsers(metavar="SUBCOMMAND", required=True)
+    for name, text, example in (
+        ("add", "begin to record what is written to a disk", "bitmap add vda nightly"),
+        ("remove", "forget a bitmap", "bitmap remove vda nightly"),
+        ("clear", "forget what a bitmap has recorded so far", "bitmap clear vda nightly"),
+    ):
+        parser = _add(group, name, text, example)
+        parser.set_defaults(command=f"bitmap {name}")
+        parser.add_argument("disk", metavar="DISK", help="name of a disk")
+        parser.add_argument("name", metavar="NAME", help="name of the bitmap")
+        if name == "add":
+            _Adder(parser)(
+                "--granularity", "bytes per bit, 512 to 2G (default: 64K)", "SIZE", kind=_size
+            )
+        _add_common(parser, json=False)
+    listing = _add(group, "list", "list the bitmaps", "bitmap list vda")
+    listing.set_defaults(command="bitmap list")
+    listing.add_argument("disk", nargs="?", metavar="DISK", help="of this disk alone")
+    _add_common(listing)
 
 
 def _add_status(commands: _Commands) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece import __version__
 from nbdfleece.base.errors import NbdfleeceError
-from nbdfleece.cli import clients, pki, qmp, serve, snapshot, status, storage_daemon
+from nbdfleece.cli import bitmaps, clients, pki, qmp, serve, snapshot, status, storage_daemon
 from nbdfleece.cli.arguments import NOT_BUILT, UsageError, build_parser
 from nbdfleece.cli.exits import FAILED, USAGE, code_of, complain
 
@@ -23,6 +23,10 @@ _COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "snapshot list": snapshot.list_all,
     "snapshot show": snapshot.show,
     "snapshot delete": snapshot.delete,
+    "bitmap add": bitmaps.add,
+    "bitmap remove": bitmaps.remove,
+    "bitmap clear": bitmaps.clear,
+    "bitmap list": bitmaps.list_all,
     "status": status.status,
     "client list": clients.list_all,
     "client kick": clients.kick,

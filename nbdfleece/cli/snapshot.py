@@ -22,7 +22,7 @@ def create(args: argparse.Namespace) -> int:
     if args.durability == "power":
         raise UsageError("nbdfleece snapshot create", "--durability power is not built yet")
     arguments: dict[str, Json] = {"disks": args.disks}
-    for name in ("name", "temp-limit", "on-error", "timeout", "token"):
+    for name in ("name", "temp-limit", "on-error", "bitmap", "timeout", "token"):
         value = getattr(args, name.replace("-", "_"))
         if value is not None:
             arguments[name] = value
@@ -128,6 +128,7 @@ def _facts(row: Row, uris: list[str]) -> list[tuple[str, Cell]]:
         ("on error", row.text("on-error")),
         ("timeout", f"{timeout} s" if isinstance(timeout, int | float) else "none"),
         ("durability", row.text("durability")),
+        ("bitmap", output.shown(row.text("bitmap")) or "none"),
         ("node", row.text("node-name")),
     ]
     return facts
@@ -142,6 +143,8 @@ def delete(args: argparse.Namespace) -> int:
             arguments: dict[str, Json] = {"disk": disk, "snapshot": name}
             if args.force:
                 arguments["force"] = True
+            if args.success:
+                arguments["success"] = True
             try:
                 client.execute("fleece-snapshot-delete", arguments)
             except CommandFailed as error:

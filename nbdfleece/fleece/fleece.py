@@ -314,8 +314,16 @@ class Fleece:
             watch(snapshot, self.news)
             _log.info("snapshot %s: taken at %s", snapshot.export_name, snapshot.instant)
 
-    async def delete_snapshot(self, disk: str, name: str, *, force: bool) -> None:
-        """Give up a snapshot; with `force` also while it is being read.
+    async def delete_snapshot(
+        self, disk: str, name: str, *, force: bool, succeeded: bool = False
+    ) -> None:
+        """Give up a snapshot.
+
+        Args:
+            disk: Its disk.
+            name: Its name.
+            force: Also while it is being read.
+            succeeded: What its bitmap says has changed has been copied; see TiedBitmap.settle.
 
         Raises:
             DiskNotFound: There is no such disk.
@@ -336,7 +344,8 @@ class Fleece:
                     f"snapshot {snapshot.export_name} is being read by "
                     f"{snapshot.readers} connections"
                 )
-            await self._delete(found, snapshot, RemoveMode.HARD if force else RemoveMode.SAFE)
+            mode = RemoveMode.HARD if force else RemoveMode.SAFE
+            await self._delete(found, snapshot, mode, succeeded=succeeded)
 
     def _grant(self, snapshot: Snapshot, token_s: float | None) -> str | None:
         """Return a new name that opens the snapshot by a token, where one is wanted."""
@@ -346,7 +355,9 @@ class Fleece:
         _log.info("snapshot %s: a token opens it for %g seconds", snapshot.export_name, token_s)
         return name
 
-    async def _delete(self, disk: Disk, snapshot: Snapshot, mode: RemoveMode) -> None:
+    async def _delete(
+        self, disk: Disk, snapshot: Snapshot, mode: RemoveMode, *, succeeded: bool = False
+    ) -> None:
         await snapshot.hide(self._graph, self._exports, mode)
         self._tokens.revoke(snapshot.export_name)
         try:
@@ -355,6 +366,8 @@ class Fleece:
             if snapshot.is_engaged:
                 await snapshot.expose(self._graph, self._exports)
             raise
+        if snapshot.tied is not None:
+            snapshot.tied.settle(succeeded=succeeded)
         del disk.snapshots[snapshot.name]
         self.news.publish(SnapshotDeleted(disk.name, snapshot.name))
         _log.info("snapshot %s: deleted", snapshot.export_name)

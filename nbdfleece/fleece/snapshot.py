@@ -13,6 +13,7 @@ Invariants
   S1  The filter is in the guest's path exactly while `is_engaged`.
   S2  The access node hangs on the filter only while that is engaged: anywhere else it would show
       the live disk.
+  S3  A bitmap that goes with it is frozen from the instant until the snapshot has been taken apart.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nbdfleece.base.errors import CommandError
 from nbdfleece.block.child import Role
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.drivers.file import FileDriver
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from nbdfleece.base.errors import IoError
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
+    from nbdfleece.fleece.bitmaps import TiedBitmap
     from nbdfleece.fleece.store import Value
     from nbdfleece.server.exports import Exports, RemoveMode
 
@@ -48,11 +51,13 @@ class SnapshotOptions:
         on_error: What gives way when old data cannot be saved.
         timeout_s: Seconds that a guest write waits for its copies; None: for ever.
         temp_limit: Bytes of old data that may be saved; None: what the file system has.
+        bitmap: Name of the bitmap that is frozen at the instant; None: none is.
     """
 
     on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     timeout_s: float | None = None
     temp_limit: int | None = None
+    bitmap: str | None = None
 
 
 def on_error_policy(text: str) -> OnCbwError:
@@ -78,25 +83,36 @@ class SnapshotFacts:
     on_error: str
     timeout_s: float | None
     temp_limit: int | None
+    bitmap: str | None
 
 
 class Snapshot:
     """One snapshot of one disk.
 
+    Args:
+        disk: Name of the disk.
+        name: Its own name.
+        options: How it behaves.
+        tied: The bitmap that goes with it, or None.
+
     Attributes:
         disk: Name of the disk.
         name: Its own name.
         options: How it behaves.
+        tied: The bitmap that goes with it, or None.
         instant: The point in time, in RFC 3339 UTC; empty until it is taken.
         cbw: The driver of its filter.
         filter: The filter node; None before it is made and after it is gone.
         is_engaged: See S1.
     """
 
-    def __init__(self, disk: str, name: str, options: SnapshotOptions) -> None:
+    def __init__(
+        self, disk: str, name: str, options: SnapshotOptions, tied: TiedBitmap | None = None
+    ) -> None:
         self.disk = disk
         self.name = name
         self.options = options
+        self.tied = tied
         self.instant = ""
         self.cbw = CopyBeforeWrite(
             on_cbw_error=options.on_error,
@@ -145,6 +161,7 @@ class Snapshot:
             "on-error": self.options.on_error.value,
             "timeout": self.options.timeout_s,
             "temp-limit": self.options.temp_limit,
+            "bitmap": self.options.bitmap,
         }
 
     async def facts(self) -> SnapshotFacts:
@@ -168,6 +185,7 @@ class Snapshot:
             on_error=self.options.on_error.value,
             timeout_s=self.options.timeout_s,
             temp_limit=self.options.temp_limit,
+            bitmap=self.options.bitmap,
         )
 
     # --- building --------------------------------------------------------------------------------
@@ -178,6 +196,8 @@ class Snapshot:
         Raises:
             CommandError: It cannot be; `take_apart` is due.
         """
+        if self.tied is not None:
+            await self.tied.prepare()
         self._files = await self._make_files(state, top.size)
         self._temp = await graph.add(
             None,
@@ -218,10 +238,17 @@ class Snapshot:
         """Take the instant: put the filter into the guest's path. The top is drained by the caller.
 
         Raises:
-            CommandError: The permissions conflict. Nothing has changed.
+            CommandError: The permissions conflict, or the bitmap is in use. Nothing has changed.
         """
         assert self.filter is not None, "the snapshot is not prepared"
-        graph.insert_filter(self.filter)
+        if self.tied is not None:
+            self.tied.freeze()
+        try:
+            graph.insert_filter(self.filter)
+        except CommandError:
+            if self.tied is not None:
+                self.tied.thaw()
+            raise
         self.instant = instant
         self.is_engaged = True
 
@@ -263,7 +290,8 @@ class Snapshot:
             )
         name = self.export_name
         text = f"disk {self.disk} as of {self.instant}, crash-consistent"
-        self._export = exports.add(self._access, ExportOptions(name, name, False, text))
+        bitmaps = [] if self.tied is None else [self.tied.bitmap]
+        self._export = exports.add(self._access, ExportOptions(name, name, False, text), bitmaps)
         if self.cbw.error is not None:
             self._refuse_clients(self.cbw.error)
 

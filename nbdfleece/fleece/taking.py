@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError
+from nbdfleece.fleece.bitmaps import TiedBitmap
 from nbdfleece.fleece.change import in_time
 from nbdfleece.fleece.snapshot import Snapshot
 from nbdfleece.server.exports import RemoveMode
@@ -84,7 +85,9 @@ class Taking:
         Cancel: `discard` is due.
         """
         for disk in self.group:
-            snapshot = Snapshot(disk.name, self._name, self._options)
+            wanted = self._options.bitmap
+            tied = None if wanted is None else TiedBitmap(disk.node, wanted)
+            snapshot = Snapshot(disk.name, self._name, self._options, tied)
             self.made.append(snapshot)
             async with in_time(f"making the files of snapshot {snapshot.export_name}"):
                 await snapshot.prepare(self._graph, self._state, disk.top)
@@ -140,8 +143,13 @@ class Taking:
                     await snapshot.take_apart(self._graph)
             except CommandError as error:
                 _log.error("snapshot %s: %s", snapshot.export_name, error)
+            if snapshot.tied is not None:
+                snapshot.tied.thaw()
+                await snapshot.tied.discard()
 
     def _disengage(self) -> None:
         for snapshot in reversed(self.made):
             if snapshot.is_engaged:
                 snapshot.disengage(self._graph)
+                if snapshot.tied is not None:
+                    snapshot.tied.thaw()

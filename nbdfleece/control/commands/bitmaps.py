@@ -6,6 +6,7 @@ Their nodes are drained meanwhile: a write in flight would be in neither the old
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError, NotFound
@@ -19,14 +20,22 @@ from nbdfleece.block.bitmap import (
 )
 from nbdfleece.control.command import Command
 from nbdfleece.control.commands.general import NOTHING
-from nbdfleece.control.transaction import Action, ActionKind
-from nbdfleece.protocol.qmp.schema import UINT32, Alternate, Array, Boolean, String, Struct
+from nbdfleece.control.commands.nodes import describe_bitmap
+from nbdfleece.control.transaction import Action, ActionKind, Transaction
+from nbdfleece.protocol.qmp.schema import (
+    UINT32,
+    Alternate,
+    Arguments,
+    Array,
+    Boolean,
+    String,
+    Struct,
+)
 
 if TYPE_CHECKING:
     from nbdfleece.block.bitmap import Content
     from nbdfleece.block.node import Node
     from nbdfleece.control.command import Context
-    from nbdfleece.protocol.qmp.schema import Arguments
     from nbdfleece.protocol.qmp.values import Json
 
 
@@ -237,6 +246,54 @@ async def _sha256(context: Context, arguments: Arguments) -> Json:
     return {"sha256": bitmap.sha256()}
 
 
+# --- of disks ------------------------------------------------------------------------------------
+
+
+async def _fleece_add(context: Context, arguments: Arguments) -> Json:
+    """Begin to record what is written to a disk; kept over a restart where that is possible."""
+    node = context.fleece.disk(arguments.string("disk")).node
+    more: dict[str, Json] = {"persistent": node.bitmap_keeper is not None}
+    if "granularity" in arguments:
+        more["granularity"] = arguments.integer("granularity")
+    return await _on_disk(ADD, context, arguments, more)
+
+
+async def _fleece_remove(context: Context, arguments: Arguments) -> Json:
+    """Forget a bitmap of a disk."""
+    return await _on_disk(REMOVE, context, arguments)
+
+
+async def _fleece_clear(context: Context, arguments: Arguments) -> Json:
+    """Forget what a bitmap of a disk has recorded so far."""
+    return await _on_disk(CLEAR, context, arguments)
+
+
+async def _on_disk(
+    kind: ActionKind,
+    context: Context,
+    arguments: Arguments,
+    more: Mapping[str, Json] = MappingProxyType({}),
+) -> Json:
+    """Carry out an action on the node of a disk."""
+    node = context.fleece.disk(arguments.string("disk")).node
+    data = {"node": node.name, "name": arguments.string("bitmap"), **more}
+    (action,) = await Transaction(context).run([(kind, Arguments(kind.arguments, data))])
+    return action.result
+
+
+async def _query_fleece(context: Context, arguments: Arguments) -> Json:
+    """List the bitmaps of one disk, or of all."""
+    wanted = arguments.optional_string("disk")
+    disks = context.fleece.disks() if wanted is None else [context.fleece.disk(wanted)]
+    found: list[Json] = []
+    for disk in disks:
+        for bitmap in disk.node.bitmaps.values():
+            if bitmap.name:
+                about = dict(describe_bitmap(bitmap))
+                found.append({"disk": disk.name, "bitmap": about.pop("name"), **about})
+    return found
+
+
 _BITMAP: Final = Struct({"node": String(), "name": String()})
 _PREFIX: Final = "block-dirty-bitmap-"
 BITMAP_OR_NAME: Final = Alternate("BlockDirtyBitmapOrStr", (String(), _BITMAP))
@@ -262,7 +319,17 @@ ACTIONS: Final = (
     ActionKind(_PREFIX + "merge", _MERGE, _Merge),
 )
 
+_OF_DISK: Final = Struct({"disk": String(), "bitmap": String()})
+
 COMMANDS: Final = (
+    Command(
+        "fleece-bitmap-add",
+        Struct(_OF_DISK.required, {"granularity": UINT32}),
+        _fleece_add,
+    ),
+    Command("fleece-bitmap-remove", _OF_DISK, _fleece_remove),
+    Command("fleece-bitmap-clear", _OF_DISK, _fleece_clear),
+    Command("query-fleece-bitmaps", Struct(optional={"disk": String()}), _query_fleece),
     *(kind.command(NOTHING) for kind in ACTIONS),
     Command(
         "x-debug-block-dirty-bitmap-sha256",

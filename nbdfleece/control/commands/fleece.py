@@ -148,6 +148,7 @@ def _snapshot_options(arguments: Arguments) -> SnapshotOptions:
         on_error=on_error_policy(arguments.optional_string("on-error") or "break-snapshot"),
         timeout_s=arguments.optional_number("timeout") or None,
         temp_limit=arguments.optional_integer("temp-limit"),
+        bitmap=arguments.optional_string("bitmap"),
     )
 
 
@@ -167,11 +168,15 @@ def _created(context: Context, taken: Taken) -> Json:
 
 
 async def _snapshot_delete(context: Context, arguments: Arguments) -> Json:
-    """Give a snapshot up; with `force` also under its readers."""
+    """Give a snapshot up, `force`: also under its readers, `success`: its bitmap has been copied.
+
+    Then only what has changed since the instant stays dirty; else nothing is forgotten.
+    """
     await context.fleece.delete_snapshot(
         arguments.string("disk"),
         arguments.string("snapshot"),
         force=arguments.boolean("force", default=False),
+        succeeded=arguments.boolean("success", default=False),
     )
     return {}
 
@@ -206,6 +211,8 @@ async def _described(snapshot: Snapshot) -> Json:
         answer["timeout"] = facts.timeout_s
     if facts.temp_limit is not None:
         answer["temp-limit"] = facts.temp_limit
+    if facts.bitmap is not None:
+        answer["bitmap"] = facts.bitmap
     return answer
 
 
@@ -285,6 +292,7 @@ _SNAPSHOT: Final = Struct(
     {
         "name": String(),
         "temp-limit": SIZE,
+        "bitmap": String(),
         "on-error": Enum(("break-snapshot", "break-guest-write")),
         "timeout": Number(low=0),
         "durability": Enum(("process", "power")),
@@ -317,7 +325,9 @@ COMMANDS: Final = (
     ),
     Command(
         "fleece-snapshot-delete",
-        Struct({"disk": String(), "snapshot": String()}, {"force": Boolean()}),
+        Struct(
+            {"disk": String(), "snapshot": String()}, {"force": Boolean(), "success": Boolean()}
+        ),
         _snapshot_delete,
     ),
     Command("query-fleece-snapshots", Struct(optional={"disk": String()}), _query_snapshots),

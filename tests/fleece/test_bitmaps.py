@@ -1,0 +1,272 @@
+"""Bitmaps tied to snapshots: each write is in the snapshot or in the next increment."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from nbdfleece.base.errors import CommandError
+from nbdfleece.block.bitmap import DirtyBitmap, new_bitmap
+from nbdfleece.block.graph import Graph
+from nbdfleece.block.node import Node
+from nbdfleece.fleece.disk import Disk
+from nbdfleece.fleece.fleece import Fleece
+from nbdfleece.fleece.location import make_location
+from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions
+from nbdfleece.fleece.store import StateFolder
+from nbdfleece.server.exports import Exports
+from nbdfleece.server.tokens import Tokens
+from tests.jobs.test_backup import Guest
+from tests.support.fleecing import read_all
+from tests.support.waiting import turns
+
+GRANULE = 4096
+GRANULES = 256
+SIZE = GRANULE * GRANULES
+
+
+class Bench:
+    """Fleece with two raw disks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.graph = Graph()
+        self.exports = Exports(self.graph)
+        self.state = StateFolder(folder / "state", None)
+        self.state.open()
+        self.fleece = Fleece(self.graph, self.exports, self.state, Tokens(time.monotonic))
+        self.folder = folder
+
+    async def add(self, name: str) -> Disk:
+        path = self.folder / f"{name}.raw"
+        path.write_bytes(bytes(SIZE))
+        return await self.fleece.add_disk(make_location(name, str(path), {}))
+
+    async def take(self, *disks: str, bitmap: str | None = "b", name: str = "s") -> list[Snapshot]:
+        options = SnapshotOptions(bitmap=bitmap)
+        taken = await self.fleece.create_snapshots(disks, name, options, token_s=None)
+        return [each.snapshot for each in taken]
+
+    async def delete(self, disk: str, *, succeeded: bool, name: str = "s") -> None:
+        await self.fleece.delete_snapshot(disk, name, force=True, succeeded=succeeded)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    assert await bench.fleece.close()
+    bench.state.close()
+
+
+def fine(node: Node) -> DirtyBitmap:
+    """Give the node a bitmap with small granules."""
+    bitmap = node.bitmaps["b"] = new_bitmap(node, "b", GRANULE, enabled=True)
+    return bitmap
+
+
+def dirty(bitmap: DirtyBitmap) -> set[int]:
+    return {index for first, last in bitmap.runs() for index in range(first, last)}
+
+
+def differing(one: bytes, other: bytes) -> set[int]:
+    return {
+        index
+        for index in range(GRANULES)
+        if one[index * GRANULE : (index + 1) * GRANULE]
+        != other[index * GRANULE : (index + 1) * GRANULE]
+    }
+
+
+async def point_in_time(bench: Bench, snapshot: Snapshot) -> bytes:
+    return await read_all(bench.graph.find(snapshot.node_name))
+
+
+async def write(disk: Disk, offset: int, data: bytes) -> None:
+    await disk.export.node.write(offset, memoryview(data), fua=False)
+
+
+# --- at the instant ------------------------------------------------------------------------------
+
+
+class Writer:
+    """A guest that writes on and on, except in drained sections."""
+
+    def __init__(self, bench: Bench, disk: Disk, rng: random.Random) -> None:
+        self.guest = Guest(bench.graph, disk.top)
+        self.rng = rng
+        self.is_over = False
+        self.written: set[int] = set()
+
+    async def run(self) -> None:
+        rng = self.rng
+        while not self.is_over:
+            await self.guest.may_go.wait()
+            length = rng.choice((1, 512, GRANULE, 3 * GRANULE))
+            offset = rng.randrange(SIZE - length)
+            self.guest.running += 1
+            try:
+                node = self.guest.node
+                if rng.random() < 0.9:
+                    data = memoryview(rng.randbytes(length))
+                    await node.write(offset, data, fua=rng.random() < 0.1)
+                else:
+                    await node.write_zeroes(
+                        offset, length, fua=False, may_unmap=True, no_fallback=False
+                    )
+            finally:
+                self.guest.running -= 1
+            self.written |= set(range(offset // GRANULE, -(-(offset + length) // GRANULE)))
+            await turns(rng.randrange(3))
+
+
+async def test_each_write_is_in_the_snapshot_or_in_the_next_increment(
+    bench: Bench, rng: random.Random, long_run: bool
+) -> None:
+    """Also after backups that failed, for both disks of a group, with writes all the time."""
+    disks = [await bench.add(name) for name in ("vda", "vdb")]
+    bases = [bytes(SIZE)] * 2
+    for disk in disks:
+        fine(disk.node)
+    async with asyncio.TaskGroup() as tasks:
+        writers = [Writer(bench, disk, rng) for disk in disks for _ in range(2)]
+        for writer in writers:
+            tasks.create_task(writer.run())
+        for _ in range(3000 if long_run else 60):
+            await turns(rng.randrange(20))
+            snapshots = await bench.take("vda", "vdb")
+            for index, (disk, snapshot) in enumerate(zip(disks, snapshots, strict=True)):
+                frozen = disk.node.bitmaps["b"]
+                before = dirty(frozen)
+                content = await point_in_time(bench, snapshot)
+                assert differing(content, bases[index]) <= before, "a write is in neither"
+                assert dirty(frozen) == before, "it stands still"
+                succeeded = rng.random() < 0.7
+                await bench.delete(disk.name, succeeded=succeeded)
+                if succeeded:
+                    bases[index] = content
+        for writer in writers:
+            writer.is_over = True
+    for writer in writers:
+        bench.graph.detach_root(writer.guest.edge)
+    for disk, base in zip(disks, bases, strict=True):
+        live = await read_all(disk.node)
+        assert differing(live, base) <= dirty(disk.node.bitmaps["b"])
+
+
+async def test_a_bitmap_holds_no_more_than_what_was_written(bench: Bench) -> None:
+    disk = await bench.add("vda")
+    fine(disk.node)
+    await write(disk, 0, b"a")
+    (snapshot,) = await bench.take("vda")
+    await write(disk, 0, b"b")  # what the fused way does, and the plain one
+    await write(disk, GRANULE, b"b" * GRANULE)
+    assert dirty(disk.node.bitmaps["b"]) == {0}
+    assert await point_in_time(bench, snapshot) == b"a" + bytes(SIZE - 1)
+    await bench.delete("vda", succeeded=True)
+    assert dirty(disk.node.bitmaps["b"]) == {0, 1}
+
+
+# --- life ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("succeeded", "left"), [(True, {9}), (False, {3, 9})])
+async def test_the_end_of_the_snapshot_settles_the_bitmap(
+    bench: Bench, succeeded: bool, left: set[int]
+) -> None:
+    disk = await bench.add("vda")
+    bitmap = fine(disk.node)
+    await write(disk, 3 * GRANULE, b"x")
+    (snapshot,) = await bench.take("vda")
+    assert (bitmap.busy, bitmap.recording, bitmap.enabled) == (True, True, False)
+    await write(disk, 9 * GRANULE, b"x")
+    export = bench.exports.get("vda@s").describe()
+    assert [name for name in export.contexts if "dirty" in name] == ["qemu:dirty-bitmap:b"]
+    assert (await snapshot.facts()).bitmap == "b"
+    await bench.delete("vda", succeeded=succeeded)
+    found = disk.node.bitmaps["b"]
+    assert list(disk.node.bitmaps) == ["b"]
+    assert (found.busy, found.enabled, dirty(found)) == (False, True, left)
+
+
+@pytest.mark.parametrize("succeeded", [True, False])
+async def test_a_bitmap_that_is_not_there_begins_at_the_instant_with_everything_dirty(
+    bench: Bench, succeeded: bool
+) -> None:
+    disk = await bench.add("vda")
+    await write(disk, 0, b"x")
+    await bench.take("vda")
+    assert disk.node.bitmaps["b"].count() == SIZE
+    await write(disk, SIZE - 1, b"x")
+    await bench.delete("vda", succeeded=succeeded)
+    found = disk.node.bitmaps["b"]
+    assert found.recording
+    assert found.count() == (64 * 1024 if succeeded else SIZE)
+
+
+async def test_a_snapshot_that_cannot_be_leaves_the_bitmaps_as_they_were(bench: Bench) -> None:
+    vda, vdb = await bench.add("vda"), await bench.add("vdb")
+    bitmap = fine(vda.node)
+    await write(vda, 0, b"x")
+    other = fine(vdb.node)
+    for change, text in (
+        ("busy", "currently in use"),
+        ("inconsistent", "inconsistent"),
+        ("readonly", "readonly"),
+    ):
+        setattr(other, change, True)
+        with pytest.raises(CommandError, match=text):
+            await bench.take("vda", "vdb")
+        setattr(other, change, False)
+        assert vda.node.bitmaps == {"b": bitmap}
+        assert (bitmap.busy, bitmap.enabled, dirty(bitmap)) == (False, True, {0})
+    other.enabled = False
+    with pytest.raises(CommandError, match="is disabled"):
+        await bench.take("vda", "vdb")
+    other.enabled = True
+    with pytest.raises(CommandError, match="Bitmap name too long"):
+        await bench.take("vda", bitmap="x" * 1024)
+    assert not bench.fleece.snapshots()
+
+
+async def test_what_fails_at_the_instant_thaws_all_bitmaps_of_the_group(bench: Bench) -> None:
+    vda, vdb = await bench.add("vda"), await bench.add("vdb")
+    bitmap = fine(vda.node)
+    async with bench.fleece.changing:
+        taking = bench.fleece.take(["vda", "vdb"], "s", SnapshotOptions(bitmap="b"))
+        await taking.prepare()
+        fine(vdb.node)  # somebody was faster
+        with pytest.raises(CommandError, match="Bitmap already exists: b"):
+            taking.engage()
+        await taking.discard()
+    assert vda.node.bitmaps == {"b": bitmap}
+    assert (bitmap.busy, bitmap.enabled) == (False, True)
+    await bench.take("vda", "vdb")
+
+
+async def test_two_snapshots_cannot_have_one_bitmap(bench: Bench) -> None:
+    disk = await bench.add("vda")
+    fine(disk.node)
+    await bench.take("vda")
+    with pytest.raises(CommandError, match="currently in use by another operation"):
+        await bench.take("vda", name="t")
+    await bench.take("vda", name="t", bitmap="c")
+    assert disk.node.bitmaps["c"].busy
+    await bench.delete("vda", succeeded=False)
+    await bench.take("vda", name="u")
+
+
+async def test_a_snapshot_without_a_bitmap_leaves_all_recording(bench: Bench) -> None:
+    disk = await bench.add("vda")
+    bitmap = fine(disk.node)
+    await bench.take("vda", bitmap=None)
+    await write(disk, 0, b"x")
+    assert dirty(bitmap) == {0}
+    contexts = bench.exports.get("vda@s").describe().contexts
+    assert not [name for name in contexts if "dirty" in name]
+    await bench.delete("vda", succeeded=True)
+    assert dirty(bitmap) == {0}
