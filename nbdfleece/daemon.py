@@ -35,6 +35,7 @@ from nbdfleece.control.socket import Control
 from nbdfleece.datapath.poller import new_event_loop
 from nbdfleece.datapath.pump import PumpLimits
 from nbdfleece.fleece.fleece import Fleece
+from nbdfleece.fleece.io_limits import watch_limits
 from nbdfleece.fleece.location import Location, is_block_device, parse_location
 from nbdfleece.fleece.store import StateFolder
 from nbdfleece.jobs.manager import JobManager
@@ -216,6 +217,7 @@ class Daemon:
         async with asyncio.TaskGroup() as tasks, server:
             control = Control(self._settings.control, tasks)
             jobs = JobManager(tasks)
+            watch_limits(self._graph, self._exports, tasks)
             try:
                 fleece = await self._start(plan, server, control, jobs)
             except NbdfleeceError as error:

@@ -34,6 +34,7 @@ from nbdfleece.control.objects import Objects
 from nbdfleece.control.socket import Control
 from nbdfleece.datapath.poller import new_event_loop
 from nbdfleece.fleece.fleece import Fleece
+from nbdfleece.fleece.io_limits import watch_limits
 from nbdfleece.fleece.store import StateFolder
 from nbdfleece.jobs.manager import JobManager
 from nbdfleece.protocol.qmp.keyval import typed
@@ -131,6 +132,7 @@ class StorageDaemon:
         async with asyncio.TaskGroup() as tasks, server:
             jobs = JobManager(tasks)
             context = self._context(server, jobs)
+            watch_limits(self._graph, self._exports, tasks)
             try:
                 for name, value in self._settings.options:
                     await self._carry_out(context, tasks, name, value)

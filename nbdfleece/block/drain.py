@@ -6,13 +6,18 @@ nest. A connection survives a drain: an export merely stops reading its socket.
 
 What is in flight above the nodes may be on its way through any node below its own, so all of those
 are told to hold nothing back (`Driver.drain_begun`): a throttled request is let through.
+
+Requests may be stuck: what a user waits for uses `quiet`, which gives up.
 """
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
+from nbdfleece.base.errors import CommandError
+from nbdfleece.base.limits import QUIET_MOMENTS_S, QUIET_TIMEOUT_S
 from nbdfleece.block.node import Node
 from nbdfleece.block.permissions import topological
 
@@ -46,6 +51,53 @@ async def drained(*nodes: Node) -> AsyncIterator[None]:
             node.drained_end()
         for driver in through:
             driver.drain_ended()
+
+
+@asynccontextmanager
+async def quiet(*nodes: Node) -> AsyncIterator[None]:
+    """Hold a drained section, unless it takes too long to get into it.
+
+    While it waits for requests to end, nothing new begins: so it waits for moments only, each
+    longer than the one before, and lets the guests go on in between. A stuck request stops nobody
+    else for longer than a moment.
+
+    Raises:
+        CommandError: The requests on the nodes do not end; everything goes on as before.
+
+    Cancel: safe; the section is closed.
+    """
+    async with AsyncExitStack() as section:
+        if not await _enter(section, nodes):
+            names = ", ".join(f"'{node.name}'" for node in nodes)
+            total = 2 * sum(QUIET_MOMENTS_S)
+            raise CommandError(f"node {names}: requests did not end within {total:g} seconds")
+        yield
+
+
+async def _enter(section: AsyncExitStack, nodes: Iterable[Node]) -> bool:
+    for moment in QUIET_MOMENTS_S:
+        try:
+            async with asyncio.timeout(moment):
+                await section.enter_async_context(drained(*nodes))
+        except TimeoutError:
+            await asyncio.sleep(moment)
+        else:
+            return True
+    return False
+
+
+@asynccontextmanager
+async def in_time(what: str) -> AsyncIterator[None]:
+    """Run the body for at most QUIET_TIMEOUT_S; for work on files that may hang.
+
+    Raises:
+        CommandError: It took longer; `what` says what did. It has been cancelled.
+    """
+    try:
+        async with asyncio.timeout(QUIET_TIMEOUT_S):
+            yield
+    except TimeoutError as error:
+        raise CommandError(f"{what}: no answer within {QUIET_TIMEOUT_S:g} seconds") from error
 
 
 def _above(nodes: Iterable[Node]) -> list[Node]:

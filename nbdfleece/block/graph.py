@@ -24,7 +24,7 @@ from nbdfleece.base.errors import CommandError, InUse, IoError, NotFound
 from nbdfleece.base.limits import MAX_NODE_NAME
 from nbdfleece.block import permissions
 from nbdfleece.block.child import Child, Parent, Role
-from nbdfleece.block.drain import drained
+from nbdfleece.block.drain import quiet
 from nbdfleece.block.node import Node
 from nbdfleece.block.throttle_group import ThrottleGroups
 
@@ -144,9 +144,11 @@ class Graph:
 
         Raises:
             InUse: It has parents. Nothing has changed.
+            CommandError: It is gone already, or work on it does not end. Nothing has changed.
         """
         _check_unused(node)
-        async with drained(node):
+        async with quiet(node):
+            self.find(node.name)  # it may have been removed meanwhile
             _check_unused(node)
             del self._nodes[node.name]
             await node.driver.close()
@@ -178,12 +180,13 @@ class Graph:
         """Make a node longer or shorter; all nodes above that have its size follow.
 
         Raises:
-            CommandError: Somebody does not bear it, or it cannot be done. Nothing has changed.
+            CommandError: Somebody does not bear it, it cannot be done, or requests do not end.
+                Nothing has changed.
             IoError: The file or its file system refused.
 
         Cancel: before it has begun.
         """
-        async with drained(node):
+        async with quiet(node):
             self.find(node.name)  # it may have been removed meanwhile
             edge = self.attach_root(
                 "root", _Resizer(), node, perm=permissions.RESIZE, shared=permissions.ALL

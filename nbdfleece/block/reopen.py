@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.block import permissions
 from nbdfleece.block.child import Role
-from nbdfleece.block.drain import drained
+from nbdfleece.block.drain import in_time, quiet
 from nbdfleece.block.driver import Reopening
 from nbdfleece.block.graph import GraphChange, above, check_bitmaps_idle
 from nbdfleece.block.registry import NodeSpec, parse_node_options
@@ -85,7 +85,9 @@ async def _reopen(graph: Graph, specs: Sequence[NodeSpec]) -> None:
     nodes = _nodes(_plan(graph, specs))
     if not nodes:
         return
-    async with drained(*nodes), AsyncExitStack() as prepared:
+    for node in nodes:
+        await _flush(node)  # beside the guests; what is left to the drained section is short
+    async with quiet(*nodes), AsyncExitStack() as prepared:
         changes = _plan(graph, specs)
         for change in changes:
             await _prepare(change)
@@ -205,13 +207,18 @@ async def _prepare(change: _Change) -> None:
     Raises:
         CommandError: It failed. Nothing has changed.
     """
-    node = change.node
+    await _flush(change.node)
+    await change.node.driver.reopen_prepare(change.to)
+
+
+async def _flush(node: Node) -> None:
+    if node.read_only:
+        return
     try:
-        if not node.read_only:
+        async with in_time(f"flushing node '{node.name}'"):
             await node.flush()
     except IoError as error:
         raise CommandError(f"Error flushing drive: {error}") from error
-    await node.driver.reopen_prepare(change.to)
 
 
 def _apply(changes: Sequence[_Change]) -> None:

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
+from nbdfleece.block.drain import in_time, quiet
 from nbdfleece.block.graph import above
-from nbdfleece.fleece.change import in_time, quiet, remove_export
+from nbdfleece.block.node import Node
+from nbdfleece.fleece.change import remove_export
 from nbdfleece.fleece.disk import Disk, identity, make_driver
+from nbdfleece.fleece.drive import set_drive
 from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotNotFound
 from nbdfleece.fleece.io_limits import drop_unused_limits
 from nbdfleece.fleece.location import (
@@ -36,7 +39,7 @@ from nbdfleece.fleece.news import (
 )
 from nbdfleece.fleece.taking import Taking
 from nbdfleece.fleece.watch import watch
-from nbdfleece.server.export import ExportOptions
+from nbdfleece.server.export import Export, ExportOptions
 from nbdfleece.server.exports import Exports, RemoveMode
 from nbdfleece.server.tokens import Tokens, check_lifetime
 
@@ -44,7 +47,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nbdfleece.block.graph import Graph
-    from nbdfleece.block.node import Node
     from nbdfleece.fleece.location import Location
     from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions
     from nbdfleece.fleece.store import StateFolder
@@ -170,6 +172,17 @@ class Fleece:
             _log.info("disk %s: %s, %d bytes", disk.name, location.path, node.size)
             return disk
 
+    async def set_drive(self, export: Export, node: Node) -> None:
+        """Put another node under an export; see fleece.drive.
+
+        Raises:
+            CommandError: It cannot be. Nothing has changed.
+
+        Cancel: undone.
+        """
+        async with self._changing:  # a snapshot that is being made counts on the disk's top
+            await set_drive(self._graph, export, node)
+
     async def remove_disk(self, name: str, *, force: bool) -> None:
         """Serve a disk no more.
 
@@ -192,13 +205,27 @@ class Fleece:
                 raise InUse(f"disk '{name}' has snapshots: {names}")
             if not force and disk.clients:
                 raise InUse(f"disk '{name}' is in use by {disk.clients} connections")
-            for node in above(disk.node):
-                if node.owned_by_monitor:  # by blockdev-add: only blockdev-del takes it away
-                    raise InUse(f"disk '{name}' is in use by node '{node.name}'")
+            self._check_not_used_by_others(disk)
             if force:
                 await self._close_whatever_it_takes(disk)
             else:
                 await self._close(disk, RemoveMode.SAFE)
+
+    def _check_not_used_by_others(self, disk: Disk) -> None:
+        """Check that all above the disk goes with it.
+
+        Raises:
+            InUse: There is what a command has made: a node, a job, an export.
+        """
+        own = {disk.name, *(snapshot.export_name for snapshot in disk.snapshots.values())}
+        for node in above(disk.node):
+            if node.owned_by_monitor:  # by blockdev-add: only blockdev-del takes it away
+                raise InUse(f"disk '{disk.name}' is in use by node '{node.name}'")
+            for edge in node.parents:
+                user = edge.parent
+                is_own = isinstance(user, Export) and user.options.id in own
+                if not is_own and not isinstance(user, Node):
+                    raise InUse(f"disk '{disk.name}' is in use by {user.describe_parent()}")
 
     async def _close_whatever_it_takes(self, disk: Disk) -> None:
         """Take a disk with its snapshots away; a server that does not answer is given up."""

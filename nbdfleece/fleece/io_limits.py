@@ -14,22 +14,27 @@ Follows: QEMU blockdev.c (qmp_block_set_io_throttle).
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+import logging
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
-from nbdfleece.base.errors import CommandError
+from nbdfleece.base.errors import CommandError, NotFound
 from nbdfleece.block.child import Role
+from nbdfleece.block.drain import quiet
 from nbdfleece.block.drivers.throttle import ThrottleDriver
 from nbdfleece.block.graph import GraphChange
-from nbdfleece.fleece.change import quiet
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncIterator
 
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
     from nbdfleece.block.throttle import Limits
     from nbdfleece.server.export import Export
+    from nbdfleece.server.exports import Exports
+
+_log = logging.getLogger(__name__)
 
 
 def below_limit(node: Node) -> Node:
@@ -106,13 +111,30 @@ async def limit_node(
 
 
 async def drop_unused_limits(graph: Graph) -> None:
-    """Remove the filters of I/O limits whose export is gone.
+    """Remove the filters of I/O limits whose export is gone. Several may do so at a time.
 
     Cancel: not cancelled.
     """
     for node in graph:
         if _is_limit(node) and not node.parents:
-            await graph.remove(node)
+            with suppress(NotFound):
+                await graph.remove(node)
+
+
+def watch_limits(graph: Graph, exports: Exports, tasks: asyncio.TaskGroup) -> None:
+    """Have the filters of I/O limits go when their export has gone, whoever removed that."""
+
+    async def drop() -> None:
+        try:
+            await drop_unused_limits(graph)
+        except CommandError as error:
+            _log.error("I/O limits that nobody uses: %s", error)
+
+    def removed(_export_id: str) -> None:
+        if any(_is_limit(node) and not node.parents for node in graph):
+            tasks.create_task(drop(), name="drop unused limits")
+
+    exports.removed.subscribe(removed)
 
 
 def _is_limit(node: Node) -> bool:

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError
 from nbdfleece.block.child import Role
+from nbdfleece.block.drain import quiet
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.locks import Locking
 from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
-from nbdfleece.fleece.change import quiet, remove_export
+from nbdfleece.fleece.change import remove_export
 from nbdfleece.fleece.disk import connections
 from nbdfleece.fleece.io_limits import drop_unused_limits
 from nbdfleece.fleece.store import SnapshotFiles, StateFolder, remove_files

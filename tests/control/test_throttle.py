@@ -188,6 +188,11 @@ def test_limits_go_with_their_export(short_tmp: Path, mode: str) -> None:
         assert "error" in daemon.answer("blockdev-del", {"node-name": "disk"})
 
         daemon.ask("block-export-del", {"id": "export", "mode": mode})
+        if mode == "hard":
+            assert daemon.event("BLOCK_EXPORT_DELETED") == {"id": "export"}
+        # Nothing is left of the limits, and not by the next command about nodes.
+        graph = daemon.ask("x-debug-query-block-graph")
+        assert [node["name"] for node in graph["nodes"]] == ["disk"]
         assert daemon.answer("blockdev-del", {"node-name": "disk"}) == {"return": {}}
         assert daemon.answer("object-del", {"id": "mine"}) == {"return": {}}
 

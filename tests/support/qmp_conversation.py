@@ -87,6 +87,18 @@ DIFFERENCES = (
         "programs written for a virtual machine ask these first",
     ),
     Difference(
+        "`query-block` and `query-blockstats` without `query-nodes`",
+        "always empty",
+        "one entry for each served disk: the live export of a disk, and every writable export",
+        "a program written for a virtual machine finds there what to back up",
+    ),
+    Difference(
+        "`qom-list` of `/`, `qom-get` and `qom-set` of `drive`",
+        "no `/machine`",
+        "`/machine/peripheral/ID/virtio-backend` for each served disk, with the property `drive`",
+        "the only way in QEMU to put a filter above a guest's disk",
+    ),
+    Difference(
         "`object-add` of `tls-creds-x509` and `tls-creds-psk` without `endpoint`",
         "makes credentials for a client",
         "`Parameter 'endpoint' is missing`",

@@ -1,7 +1,7 @@
 """Nodes: added, removed, reopened, resized, asked about.
 
-Words of errors, members and the order of lists are QEMU's. An entry of `query-block` is a disk of
-ours: what a program written for a virtual machine takes for one of its drives.
+Words of errors, members and the order of lists are QEMU's. An entry of `query-block` is a served
+disk (control.devices): what a program written for a virtual machine takes for one of its drives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from nbdfleece.block.reopen import reopen
 from nbdfleece.control.blockdev import OPTIONS
 from nbdfleece.control.command import Command
 from nbdfleece.control.commands.throttle import export_stats, node_stats
+from nbdfleece.control.devices import device_path, served_disks
 from nbdfleece.control.transaction import Action, ActionKind
+from nbdfleece.fleece.drive import drive
 from nbdfleece.fleece.io_limits import describe_limit, drop_unused_limits
 from nbdfleece.jobs.job import Job
 from nbdfleece.protocol.qmp.schema import Array, Boolean, Integer, String, Struct
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.child import Child
     from nbdfleece.control.command import Context
-    from nbdfleece.fleece.disk import Disk
     from nbdfleece.protocol.qmp.schema import Arguments
     from nbdfleece.protocol.qmp.values import Json
 
@@ -130,12 +131,13 @@ def _find(context: Context, name: str) -> Node:
 
 
 def _lookup(context: Context, arguments: Arguments) -> Node:
-    """Return the node that `device` (a disk) or `node-name` names; the latter is for disks' own."""
+    """Return the node that `device` (a served disk) or `node-name` names."""
     device = arguments.optional_string("device") or ""
     name = arguments.optional_string("node-name") or ""
-    for disk in context.fleece.disks():
-        if device and disk.name == device:
-            return disk.top
+    for export in served_disks(context):
+        top = drive(export)
+        if device and export.options.id == device and top is not None:
+            return top
     node = context.graph.get(name)
     if node is None:
         raise NotFound(f"Cannot find device='{device}' nor node-name='{name}'")
@@ -287,41 +289,37 @@ class _Numbered:
 # --- disks as devices ----------------------------------------------------------------------------
 
 
-def device_path(disk: str) -> str:
-    """Return the path under which a program written for QEMU finds the device of a disk."""
-    return f"/machine/peripheral/{disk}/virtio-backend"
-
-
 async def _query_block(context: Context, _arguments: Arguments) -> Json:
     """Describe all disks that are served, as if each were a drive of a virtual machine."""
     found: list[Json] = []
-    for disk in context.fleece.disks():
+    for export in served_disks(context):
         about: dict[str, Json] = {
-            "device": disk.name,
-            "qdev": device_path(disk.name),
+            "device": export.options.id,
+            "qdev": device_path(export.options.id),
             "type": "unknown",
             "removable": False,
             "locked": False,
             "io-status": "ok",
         }
-        top = _top(disk)
+        top = drive(export)
         if top is not None:
-            limits = describe_limit(disk.export.node)
+            limits = describe_limit(export.node)
             about["inserted"] = {**await describe(top), **limits}
         found.append(about)
     return found
 
 
 async def _query_stats(context: Context, arguments: Arguments) -> Json:
-    """Give the counters of all disks or, with `query-nodes`, of all nodes."""
+    """Give the counters of all served disks or, with `query-nodes`, of all nodes."""
     if arguments.boolean("query-nodes", default=False):
         return [_node_stats(node) for node in context.graph]
     found: list[Json] = []
-    for disk in context.fleece.disks():
-        top = _top(disk)
+    for export in served_disks(context):
+        top = drive(export)
         if top is not None:
-            about = {"device": disk.name, "qdev": device_path(disk.name)}
-            stats: dict[str, Json] = {"stats": export_stats(disk.export)}
+            name = export.options.id
+            about = {"device": name, "qdev": device_path(name)}
+            stats: dict[str, Json] = {"stats": export_stats(export)}
             found.append({**about, **_node_stats(top), **stats})
     return found
 
@@ -331,14 +329,6 @@ def _node_stats(node: Node) -> Mapping[str, Json]:
     if node.file is not None:
         about["parent"] = _node_stats(node.file.node)
     return about
-
-
-def _top(disk: Disk) -> Node | None:
-    """Return the node that the guest writes to, or None when the disk is on its way out."""
-    try:
-        return disk.top
-    except CommandError:
-        return None
 
 
 # A transaction of its own would make others wait for a server that does not answer.

@@ -8,14 +8,14 @@ An export that nobody has asked about is not accounted, so that its requests cos
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from nbdfleece.base.errors import CommandError, NotFound
+from nbdfleece.base.errors import CommandError
 from nbdfleece.block.accounting import Accounting, Kind, Stats, check_boundaries, stats_of
 from nbdfleece.block.throttle import Limits
 from nbdfleece.control.command import Command
+from nbdfleece.control.devices import find_device
 from nbdfleece.fleece.io_limits import limit_export, limit_node
 from nbdfleece.protocol.qmp.schema import SIZE, Array, Boolean, Integer, String, Struct
 from nbdfleece.server.export import Export
@@ -25,33 +25,6 @@ if TYPE_CHECKING:
     from nbdfleece.control.command import Context
     from nbdfleece.protocol.qmp.schema import Arguments
     from nbdfleece.protocol.qmp.values import Json
-
-
-_PATH: Final = re.compile(r"/machine/peripheral/([^/]+)(?:/virtio-backend)?")
-
-
-class DeviceNotFound(NotFound):
-    """There is no device of that name."""
-
-    qmp_class = "DeviceNotFound"
-
-
-def find_device(context: Context, name: str) -> Export | Node:
-    """Return the export with this id or path (query-block's `qdev`), else the node with this name.
-
-    Raises:
-        DeviceNotFound: There is neither.
-    """
-    path = _PATH.fullmatch(name)
-    export_id = name if path is None else path[1]
-    for export in context.exports:
-        if export.options.id == export_id and export.root is not None:
-            return export
-    node = context.graph.get(name)
-    if node is None:
-        raise DeviceNotFound(f"Device '{name}' not found")
-    return node
-
 
 # --- limits --------------------------------------------------------------------------------------
 
