@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from nbdfleece.base.errors import CommandError, NbdfleeceError
+from nbdfleece.block.drain import quiet
 from nbdfleece.control.command import Command
-from nbdfleece.fleece.change import quiet
 from nbdfleece.jobs.group import JobGroup
 from nbdfleece.protocol.qmp.schema import Arguments
 

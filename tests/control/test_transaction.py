@@ -157,7 +157,7 @@ async def test_a_drained_section_of_somebody_else_is_not_relied_upon() -> None:
 
 
 async def test_requests_that_do_not_end_refuse_the_transaction(monkeypatch) -> None:
-    monkeypatch.setattr("nbdfleece.fleece.change.QUIET_MOMENTS_S", (0.001, 0.001))
+    monkeypatch.setattr("nbdfleece.block.drain.QUIET_MOMENTS_S", (0.001, 0.001))
     bench = Bench()
     node = await bench.node("one")
     bench.touches = {"b": [node]}
