@@ -191,16 +191,16 @@ class Transaction:
     async def quieten(self, action: Action) -> None:
         """Drain the nodes of an action until everything is committed; for `prepare` only.
 
-        The nodes of later actions are drained with them as far as they are there, so that guests
-        are stopped once, and what does not become idle stops nobody for long.
+        The first time the nodes of later actions, as far as they are there, are drained with them,
+        so that guests are stopped once, and what does not become idle stops nobody for long.
 
         Raises:
             CommandError: The requests on the nodes do not end.
 
         Cancel: safe.
         """
-        later = self._actions[self._actions.index(action) :]
-        while wanted := self._wanted(later):
+        actions = [action] if self._drained else self._actions[self._actions.index(action) :]
+        while wanted := self._wanted(actions):
             # Only one's own section counts: that of somebody else may end at any time.
             await self._sections.enter_async_context(quiet(*wanted))
             self._drained |= wanted.keys()
