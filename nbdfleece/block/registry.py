@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdfleece.base.errors import CommandError, NotFound
 from nbdfleece.base.keyval import Spelled
-from nbdfleece.base.units import GiB
+from nbdfleece.base.limits import MAX_BACKING_DEPTH
+from nbdfleece.base.units import GiB, is_power_of_2
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.bitmap import find_bitmap
 from nbdfleece.block.child import Role
@@ -37,6 +38,8 @@ from nbdfleece.block.drivers.locks import Locking
 from nbdfleece.block.drivers.nbd.driver import NbdDriver
 from nbdfleece.block.drivers.nbd.target import InetServer, UnixServer, make_target
 from nbdfleece.block.drivers.null import NullDriver
+from nbdfleece.block.drivers.qcow2.children import implied_children
+from nbdfleece.block.drivers.qcow2.driver import Qcow2Driver, Qcow2Options
 from nbdfleece.block.drivers.raw import RawDriver
 from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
 from nbdfleece.block.drivers.throttle import ThrottleDriver
@@ -48,8 +51,9 @@ if TYPE_CHECKING:
 
 Choice = TypeVar("Choice", bound=enum.Enum)
 Build = Callable[["Graph"], "Driver"]
+Imply = Callable[[Mapping[str, "Node"]], Awaitable["Implied"]]
 
-_SECTOR: Final = 512  # unit of blkdebug's `sector`
+SECTOR: Final = 512  # unit of blkdebug's `sector`, least size of a piece of an L2 table
 _PERMS: Final = MappingProxyType({name: bit for bit, name in perms.NAMES.items()})
 
 
@@ -68,6 +72,7 @@ class NodeSpec:
         children: Inline nodes, or names of existing ones, by child name.
         roles: Of the same children.
         build: Makes the driver; may look things up in the graph, and raises CommandError.
+        implied: Finds the children that the image itself names, when those given are there.
     """
 
     node_name: str | None
@@ -80,6 +85,20 @@ class NodeSpec:
     children: Mapping[str, NodeSpec | str]
     roles: Mapping[str, Role]
     build: Build
+    implied: Imply | None
+
+
+@dataclass(frozen=True, slots=True)
+class Implied:
+    """What an image says of its children.
+
+    Attributes:
+        children: Options of those that were not given, by their name.
+        roles: Of these, and of given ones whose role depends on the image.
+    """
+
+    children: Mapping[str, Mapping[str, object]]
+    roles: Mapping[str, Role]
 
 
 def drivers() -> list[str]:
@@ -128,7 +147,15 @@ async def add_from_options(graph: Graph, options: Mapping[str, object]) -> Node:
     return node
 
 
-async def _add(graph: Graph, spec: NodeSpec, made: list[Node]) -> Node:
+async def _add(graph: Graph, spec: NodeSpec, made: list[Node], depth: int = 0) -> Node:
+    """Make a node and its children.
+
+    Args:
+        graph: Where.
+        spec: What.
+        made: Takes what has been made, also if this fails.
+        depth: How many images have led here by naming each other.
+    """
     children: dict[str, tuple[Node, Role]] = {}
     for name, child in spec.children.items():
         if isinstance(child, str):
@@ -136,8 +163,10 @@ async def _add(graph: Graph, spec: NodeSpec, made: list[Node]) -> Node:
             if found is None:
                 raise NotFound(f"Cannot find device='{child}' nor node-name='{child}'")
         else:
-            found = await _add(graph, child, made)
+            found = await _add(graph, child, made, depth)
         children[name] = (found, spec.roles[name])
+    if spec.implied is not None:
+        await _add_implied(graph, spec, spec.implied, children, made, depth)
     node = await graph.add(
         spec.node_name,
         spec.build(graph),
@@ -148,6 +177,27 @@ async def _add(graph: Graph, spec: NodeSpec, made: list[Node]) -> Node:
     node.spec = spec
     made.append(node)
     return node
+
+
+async def _add_implied(
+    graph: Graph,
+    spec: NodeSpec,
+    imply: Imply,
+    children: dict[str, tuple[Node, Role]],
+    made: list[Node],
+    depth: int,
+) -> None:
+    """Make the children that the image names; arguments as of `_add`, with those made so far."""
+    implied = await imply({name: node for name, (node, _) in children.items()})
+    for name, role in implied.roles.items():
+        if name in children:
+            children[name] = (children[name][0], role)
+    inherited = _Inherited(read_only=spec.read_only, direct=spec.direct, discard=_Discard.UNMAP)
+    for name, options in implied.children.items():
+        if depth >= MAX_BACKING_DEPTH:
+            raise CommandError(f"More than {MAX_BACKING_DEPTH} images name each other")
+        child = _parse(Options(options, f"{name}.", inherited))
+        children[name] = (await _add(graph, child, made, depth + 1), implied.roles[name])
 
 
 # --- reading options --------------------------------------------------------------------------
@@ -178,6 +228,7 @@ class Options:
     Attributes:
         taken: What was taken, by name, defaults included.
         children: See NodeSpec.
+        implied: See NodeSpec.
         roles: See NodeSpec.
         direct: `cache.direct`.
     """
@@ -190,6 +241,7 @@ class Options:
         self.read_only = inherited.read_only
         self.taken: dict[str, object] = {}
         self.children: dict[str, NodeSpec | str] = {}
+        self.implied: Imply | None = None
         self.roles: dict[str, Role] = {}
 
     def has(self, name: str) -> bool:
@@ -309,6 +361,13 @@ class Options:
         else:
             raise self.wrong_type(name, "BlockdevRef")
 
+    def no_child(self, name: str) -> bool:
+        """Take a child that is said to be none (null); tell whether it was."""
+        if self._left.get(name, self) is not None:
+            return False
+        self._left.pop(name)
+        return True
+
     def finish(self) -> None:
         """Check that nothing was given that nobody took.
 
@@ -372,6 +431,7 @@ def _parse(options: Options) -> NodeSpec:
         children=MappingProxyType(options.children),
         roles=MappingProxyType(options.roles),
         build=build,
+        implied=options.implied,
     )
 
 
@@ -483,8 +543,8 @@ def _injection(options: Options) -> Injection:
         event=event,
         iotype=iotype,
         errno=options.number("errno", errno.EIO, bits=31) or errno.EIO,
-        offset=None if sector is None else sector * _SECTOR,
-        length=_SECTOR,
+        offset=None if sector is None else sector * SECTOR,
+        length=SECTOR,
         state=options.number("state", 0, bits=31) or 0,
         once=options.boolean("once", default=False),
         immediately=options.boolean("immediately", default=False),
@@ -526,6 +586,53 @@ def _copy_before_write(options: Options) -> Build:
     return build
 
 
+_QCOW2_FLAGS: Final = (
+    *("lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other"),
+)
+_QCOW2_SIZES: Final = ("cache-size", "l2-cache-size", "refcount-cache-size")
+_QCOW2_CHECKS: Final = ("none", "constant", "cached", "all")
+_COW: Final = Role.COW
+_DATA_FILE: Final = Role.DATA
+
+
+def _qcow2(options: Options) -> Build:
+    for name in _QCOW2_FLAGS:
+        if options.has(name):
+            options.boolean(name, default=False)
+    for name in _QCOW2_SIZES:
+        options.number(name, None, bits=63)
+    options.number("cache-clean-interval", None)
+    entry_size = options.number("l2-cache-entry-size", None)
+    if entry_size is not None and (not is_power_of_2(entry_size) or entry_size < SECTOR):
+        raise CommandError("L2 cache entry size must be a power of two, of 512 bytes at least")
+    check = options.value("overlap-check")
+    template = check.get("template", "cached") if isinstance(check, Mapping) else check
+    if template is not None and template not in _QCOW2_CHECKS:
+        raise options.not_accepted("overlap-check", template)
+    options.child("file", Role.DATA | Role.METADATA | Role.PRIMARY)
+    given = {"file"}
+    if options.has("data-file"):
+        options.child("data-file", _DATA_FILE)
+        given.add("data-file")
+    if options.has("backing"):
+        given.add("backing")
+        if not options.no_child("backing"):
+            before, options.read_only = options.read_only, True
+            options.child("backing", _COW)
+            options.read_only = before
+    read_only, own = options.read_only, Qcow2Options.from_qmp(options.taken)
+
+    async def imply(children: Mapping[str, Node]) -> Implied:
+        implied = await implied_children(children["file"], frozenset(given), read_only=read_only)
+        roles = {"data-file": _DATA_FILE, "backing": _COW}
+        if "data-file" in implied or "data-file" in given:
+            roles["file"] = Role.METADATA | Role.PRIMARY
+        return Implied(implied, roles)
+
+    options.implied = imply
+    return lambda _graph: Qcow2Driver(own)
+
+
 def _snapshot_access(options: Options) -> Build:
     options.child("file", Role.DATA | Role.PRIMARY)
     return lambda _graph: SnapshotAccess()
@@ -549,6 +656,7 @@ _DRIVERS: Final[Mapping[str, Callable[[Options], Build]]] = MappingProxyType(
         "host_device": _host_device,
         "nbd": _nbd,
         "null-co": _null,
+        "qcow2": _qcow2,
         "raw": _raw,
         "snapshot-access": _snapshot_access,
         "throttle": _throttle,

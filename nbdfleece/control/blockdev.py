@@ -18,6 +18,7 @@ from nbdfleece.protocol.qmp.schema import (
     Enum,
     Integer,
     Later,
+    Null,
     String,
     Struct,
     Type,
@@ -41,6 +42,20 @@ _SERVER: Final = Union(
     },
 )
 _EVENT: Final[dict[str, Type]] = {"event": String()}
+_OVERLAP_MODE: Final = Enum(("none", "constant", "cached", "all"))
+_OVERLAP_FLAGS: Final = Struct(
+    {},
+    {
+        "template": _OVERLAP_MODE,
+        **dict.fromkeys(
+            (
+                *("main-header", "active-l1", "active-l2", "refcount-table", "refcount-block"),
+                *("snapshot-table", "inactive-l1", "inactive-l2", "bitmap-directory"),
+            ),
+            Boolean(),
+        ),
+    },
+)
 _PERMISSIONS: Final = Array(Enum(("consistent-read", "write", "write-unchanged", "resize")))
 
 _DRIVERS: Final = {
@@ -88,6 +103,23 @@ _DRIVERS: Final = {
         },
     ),
     "null-co": Struct({}, {"size": Integer(), "latency-ns": _SIZE, "read-zeroes": Boolean()}),
+    "qcow2": Struct(
+        _FILE,
+        {
+            "data-file": _REF,
+            "backing": Alternate("BlockdevRefOrNull", (Later(lambda: OPTIONS), String(), Null())),
+            "lazy-refcounts": Boolean(),
+            "pass-discard-request": Boolean(),
+            "pass-discard-snapshot": Boolean(),
+            "pass-discard-other": Boolean(),
+            "overlap-check": Alternate("Qcow2OverlapChecks", (_OVERLAP_FLAGS, _OVERLAP_MODE)),
+            "cache-size": _BYTES,
+            "l2-cache-size": _BYTES,
+            "l2-cache-entry-size": _BYTES,
+            "refcount-cache-size": _BYTES,
+            "cache-clean-interval": _SIZE,
+        },
+    ),
     "raw": Struct(_FILE, {"offset": _BYTES, "size": _BYTES}),
     "snapshot-access": Struct(_FILE),
     "throttle": Struct({"throttle-group": String(), **_FILE}),

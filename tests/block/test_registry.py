@@ -48,6 +48,7 @@ def test_every_driver_has_a_name() -> None:
         "host_device",
         "nbd",
         "null-co",
+        "qcow2",
         "raw",
         "snapshot-access",
         "throttle",

@@ -38,6 +38,11 @@ def ones(count: int, order: int) -> Counts[int]:
     return array(_TYPES[order], (1,)) * count
 
 
+def from_numbers(numbers: list[int], count: int, order: int) -> Counts[int]:
+    """Return `count` counts, of which the first are given and the rest are zero."""
+    return array(_TYPES[order], numbers) + zeroes(count - len(numbers), order)
+
+
 def load_counts(data: bytes | bytearray | memoryview, order: int) -> Counts[int]:
     """Return the counts of a block, or of a piece of it, as it is stored."""
     if order < 3:

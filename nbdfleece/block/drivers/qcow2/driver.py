@@ -1,0 +1,496 @@
+"""Driver `qcow2`: see the package.
+
+Children: `file` with the metadata, and the data unless there is a `data-file`; `backing` for what
+the image does not hold.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from nbdfleece.base.errors import CommandError, ImageError, IoError
+from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent, clip, merge
+from nbdfleece.base.limits import QCOW2_L2_CACHE, QCOW2_REFCOUNT_CACHE
+from nbdfleece.block import permissions as perms
+from nbdfleece.block.child import Child, Role
+from nbdfleece.block.driver import Driver, Reopening
+from nbdfleece.block.drivers.qcow2 import opening, resize
+from nbdfleece.block.drivers.qcow2.commit import all_of, ended
+from nbdfleece.block.drivers.qcow2.counts import OTHER, REQUEST, SNAPSHOT
+from nbdfleece.block.drivers.qcow2.image import CacheSizes, Image
+from nbdfleece.block.drivers.qcow2.writer import Writer
+from nbdfleece.datapath.step import background
+from nbdfleece.datapath.workers import Lane
+from nbdfleece.formats.qcow2 import compress
+from nbdfleece.formats.qcow2 import tables as t
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Mapping
+
+    from nbdfleece.block.node import Node
+    from nbdfleece.formats.qcow2.tables import Run
+
+_log: Final = logging.getLogger(__name__)
+
+_DECOMPRESSED: Final = 16  # clusters that are kept, for reads in small pieces
+_DECOMPRESS_THREADS: Final = 2
+_STATUS_EXTENTS: Final = 4096  # most extents found by one call
+
+
+@dataclass(frozen=True, slots=True)
+class Qcow2Options:
+    """Options of a node, by their QMP names.
+
+    Attributes:
+        lazy_refcounts: None: as the image says.
+        pass_discard_request: None: as the node's `discard`.
+        pass_discard_snapshot: Give the space of deleted snapshots back.
+        pass_discard_other: And that of what was overwritten or moved.
+        l2_cache_size: Bytes.
+        refcount_cache_size: Bytes.
+    """
+
+    lazy_refcounts: bool | None = None
+    pass_discard_request: bool | None = None
+    pass_discard_snapshot: bool = True
+    pass_discard_other: bool = False
+    l2_cache_size: int = QCOW2_L2_CACHE
+    refcount_cache_size: int = QCOW2_REFCOUNT_CACHE
+
+    @classmethod
+    def from_qmp(cls, options: Mapping[str, object]) -> Qcow2Options:
+        """Return the options of a node, which the registry has checked.
+
+        Raises:
+            CommandError: They contradict each other.
+        """
+        return cls(
+            lazy_refcounts=_optional_bool(options.get("lazy-refcounts")),
+            pass_discard_request=_optional_bool(options.get("pass-discard-request")),
+            pass_discard_snapshot=options.get("pass-discard-snapshot") is not False,
+            pass_discard_other=options.get("pass-discard-other") is True,
+            **_cache_sizes(options),
+        )
+
+
+class Qcow2Driver(Driver):
+    """A qcow2 image.
+
+    Args:
+        options: See there.
+    """
+
+    name: ClassVar[str] = "qcow2"
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("lazy-refcounts", "pass-discard-request", "pass-discard-snapshot"),
+            *("pass-discard-other", "overlap-check", "cache-size", "l2-cache-size"),
+            *("l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval"),
+        }
+    )
+    repointable: ClassVar[frozenset[str]] = frozenset({"backing"})
+
+    def __init__(self, options: Qcow2Options) -> None:
+        self._options = options
+        self._before = options
+        self._image: Image | None = None
+        self._writer: Writer | None = None
+        self._decompress: compress.Decompress | None = None
+        self._decompressing: Lane | None = None
+
+    @property
+    def image(self) -> Image:
+        """What is in memory of the open image."""
+        assert self._image is not None, f"node '{self.node.name}' is open"
+        return self._image
+
+    # --- life ------------------------------------------------------------------------------
+
+    async def open(self) -> int:
+        """Read the header, and mend what a crash has left; see Driver.open."""
+        options = self._options
+        sizes = CacheSizes(options.l2_cache_size, options.refcount_cache_size)
+        try:
+            image = await opening.open_image(self.node, sizes)
+            self._decompress = compress.decompressor(image.header.compression_type)
+            self._image = image
+            self._take_over(options)
+            self._writer = Writer(image, self.read, self.reads_zero)
+            self.node.size = image.header.size
+            if not self.node.read_only:
+                await opening.make_writable(image)
+        except ImageError as error:
+            self._image = None
+            raise CommandError(f"Could not open node '{self.node.name}': {error}") from error
+        except IoError as error:
+            self._image = None
+            raise CommandError(f"Could not open node '{self.node.name}': {error}") from error
+        return image.header.size
+
+    def _take_over(self, options: Qcow2Options) -> None:
+        image = self.image
+        self._options = options
+        image.tables.set_size(options.l2_cache_size)
+        image.counts.set_size(options.refcount_cache_size)
+        request = options.pass_discard_request
+        image.frees.pass_discard[REQUEST] = (
+            self.node.discard_enabled if request is None else request
+        )
+        image.frees.pass_discard[SNAPSHOT] = options.pass_discard_snapshot
+        image.frees.pass_discard[OTHER] = options.pass_discard_other
+        image.set_lazy(options.lazy_refcounts)
+
+    async def close(self) -> None:
+        """Write everything out; see Driver.close."""
+        if self._decompressing is not None:
+            self._decompressing.close()
+            self._decompressing = None
+        try:
+            await self.image.settle_all()
+        except (IoError, CommandError) as error:
+            # As after a crash: the image is whole, and lacks what was not flushed.
+            _log.error("node '%s': closing: %s", self.node.name, error)
+
+    async def truncate(self, size: int) -> None:
+        """Make the disk longer or shorter; see Driver.truncate."""
+        try:
+            await resize.resize(self.image, self._written(), size, self.reads_zero)
+        except ImageError as error:
+            raise CommandError(str(error)) from error
+
+    async def reopen_prepare(self, to: Reopening) -> None:
+        """Write everything out, where nobody may write soon; see Driver.reopen_prepare."""
+        image = self.image
+        Qcow2Options.from_qmp(to.options)
+        try:
+            if not self.node.read_only:
+                await image.settle_all()
+            if self.node.read_only and not to.read_only:
+                opening.check_writable(image.header)
+        except IoError as error:
+            raise CommandError(f"Could not reopen node '{self.node.name}': {error}") from error
+        except ImageError as error:
+            raise CommandError(f"Could not reopen node '{self.node.name}': {error}") from error
+
+    def reopen_apply(self, to: Reopening) -> None:
+        """Take over the options; see Driver.reopen_apply."""
+        self._before = self._options
+        self._take_over(Qcow2Options.from_qmp(to.options))
+
+    def reopen_undo(self) -> None:
+        """Take over those of before; see Driver.reopen_undo."""
+        self._take_over(self._before)
+
+    def size_now(self) -> int:
+        """Return the size of the disk; see Driver.size_now."""
+        return self.image.header.size
+
+    def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:
+        """Of the file with the metadata: nobody else may write, whether or not the guest does."""
+        if not edge.role & Role.METADATA:
+            return super().child_permissions(edge, perm, shared)
+        perm = perms.CONSISTENT_READ | (perm & ~perms.WRITE_UNCHANGED)
+        if not self.node.read_only:
+            perm |= perms.WRITE | perms.RESIZE
+        return perm, shared & ~(perms.WRITE | perms.RESIZE)
+
+    # --- reading ---------------------------------------------------------------------------
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Tell whether a range that the image does not hold reads as zeroes."""
+        backing = self.node.backing
+        return backing is None or backing.node.size <= offset
+
+    def read_now(self, offset: int, view: memoryview) -> bool:
+        """Read what the tables in memory and the page cache know; see Driver.read_now."""
+        image = self._image
+        if image is None:
+            return False
+        geometry, length = image.geometry, len(view)
+        while True:
+            run = self._run_now(offset, length)
+            if run is None:
+                return False
+            is_last = run.length == length
+            part = view if is_last else view[: run.length]
+            if run.kind == t.DATA:
+                if not image.data.read_now(run.host, part):
+                    return False
+            elif run.kind == t.UNALLOCATED:
+                if not self._read_backing_now(offset, part):
+                    return False
+            elif run.kind == t.COMPRESSED:
+                cluster = image.decompressed.get(run.host)
+                if cluster is None:
+                    return False
+                inside = offset & (geometry.cluster_size - 1)
+                part[:] = cluster[inside : inside + run.length]
+            else:
+                part[:] = bytes(run.length)
+            if is_last:
+                return True
+            offset, length, view = offset + run.length, length - run.length, view[run.length :]
+
+    def _run_now(self, offset: int, length: int) -> Run | None:
+        """As `_run`, where that needs no waiting and meets no error; else None."""
+        image = self.image
+        geometry = image.geometry
+        index = offset >> geometry.span_bits
+        table = image.tables.loaded.get(index)
+        if table is not None:
+            table.used = True
+            try:
+                return t.find_run(table.entries, geometry, offset, length)
+            except ImageError:
+                return None
+        if image.tables.l1[index] & t.OFFSET_MASK:
+            return None
+        span = 1 << geometry.span_bits
+        return t.Run(t.UNALLOCATED, min(length, span - (offset & (span - 1))), 0, False)
+
+    def _read_backing_now(self, offset: int, view: memoryview) -> bool:
+        backing = self.node.backing
+        if backing is None or backing.node.size <= offset:
+            view[:] = bytes(len(view))
+            return True
+        inside = backing.node.size - offset
+        if inside >= len(view):
+            return backing.node.read_now(offset, view)
+        view[inside:] = bytes(len(view) - inside)
+        return backing.node.read_now(offset, view[:inside])
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """See Driver.read."""
+        image = self.image
+        epoch = image.frees.epoch
+        epoch.count += 1
+        try:
+            await self._read_runs(offset, view)
+        finally:
+            epoch.count -= 1
+
+    async def _read_runs(self, offset: int, view: memoryview) -> None:
+        running: list[asyncio.Future[None]] = []
+        try:
+            while view:
+                run = await self._run(offset, len(view))
+                part, view = view[: run.length], view[run.length :]
+                if run.kind in (t.ZERO_PLAIN, t.ZERO_HOST):
+                    part[:] = bytes(run.length)
+                elif not view and not running:
+                    await self._read_run(run, offset, part)
+                else:
+                    running.append(background(self._read_run(run, offset, part)))
+                offset += run.length
+        except IoError:
+            await ended(running)  # they write to a buffer of the caller
+            raise
+        await all_of(running)
+
+    async def _run(self, offset: int, length: int) -> Run:
+        """Return what the tables say of the disk from `offset` on."""
+        image = self.image
+        geometry = image.geometry
+        table = await image.tables.get(offset >> geometry.span_bits)
+        if table is None:
+            span = 1 << geometry.span_bits
+            return t.Run(t.UNALLOCATED, min(length, span - offset % span), 0, False)
+        try:
+            return t.find_run(table.entries, geometry, offset, length)
+        except ImageError as error:
+            raise image.damaged(error) from error
+
+    async def _read_run(self, run: Run, offset: int, view: memoryview) -> None:
+        if run.kind == t.DATA:
+            await _read_padded(self.image.data, run.host, view)
+        elif run.kind == t.UNALLOCATED:
+            backing = self.node.backing
+            if backing is None:
+                view[:] = bytes(len(view))
+            else:
+                await _read_padded(backing.node, offset, view)
+        else:
+            cluster = await self._read_compressed(run.host)
+            inside = offset % self.image.geometry.cluster_size
+            view[:] = cluster[inside : inside + len(view)]
+
+    async def _read_compressed(self, entry: int) -> bytes:
+        image, decompress = self.image, self._decompress
+        kept = image.decompressed.get(entry)
+        if kept is not None:
+            return kept
+        assert decompress is not None, "set when the image was opened"
+        offset, length = t.compressed_range(entry, image.header.cluster_bits)
+        data = await image.read_file(offset, length)
+        if self._decompressing is None:
+            self._decompressing = Lane(f"decompressing {self.node.name}", _DECOMPRESS_THREADS)
+        size = image.header.cluster_size
+        try:
+            cluster = await self._decompressing.submit(lambda: decompress(data, size))
+        except ImageError as error:
+            raise image.damaged(error) from error
+        if len(image.decompressed) >= _DECOMPRESSED:
+            del image.decompressed[next(iter(image.decompressed))]
+        image.decompressed[entry] = cluster
+        return cluster
+
+    # --- status ----------------------------------------------------------------------------
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """See Driver.block_status."""
+        found: list[Extent] = []
+        end = offset + length
+        while offset < end and len(found) < _STATUS_EXTENTS:
+            run = await self._run(offset, end - offset)
+            if run.kind == t.UNALLOCATED:
+                found += await self._backing_status(offset, run.length)
+            elif run.kind == t.ZERO_PLAIN:
+                found.append(Extent(offset, run.length, HOLE | ZERO))
+            else:
+                found.append(Extent(offset, run.length, ZERO if run.kind == t.ZERO_HOST else DATA))
+            offset = found[-1].end
+        return merge(found)
+
+    async def _backing_status(self, offset: int, length: int) -> list[Extent]:
+        backing = self.node.backing
+        if backing is None or backing.node.size <= offset:
+            return [Extent(offset, length, HOLE | ZERO)]
+        length = min(length, backing.node.size - offset)
+        return clip(await backing.node.block_status(offset, length), offset, length)
+
+    async def allocation_depth(self, offset: int, length: int) -> list[Extent]:
+        """See Driver.allocation_depth."""
+        found: list[Extent] = []
+        end = offset + length
+        while offset < end and len(found) < _STATUS_EXTENTS:
+            run = await self._run(offset, end - offset)
+            if run.kind == t.UNALLOCATED:
+                found += await self._backing_depth(offset, run.length)
+            else:
+                found.append(Extent(offset, run.length, 1))
+            offset = found[-1].end
+        return merge(found)
+
+    async def _backing_depth(self, offset: int, length: int) -> list[Extent]:
+        backing = self.node.backing
+        if backing is None:
+            return [Extent(offset, length, 0)]
+        if backing.node.size <= offset:
+            return [Extent(offset, length, 2)]  # its end is its own, and all zeroes behind it
+        length = min(length, backing.node.size - offset)
+        below = clip(await backing.node.allocation_depth(offset, length), offset, length)
+        return [Extent(at, size, depth and depth + 1) for at, size, depth in below]
+
+    # --- writing ---------------------------------------------------------------------------
+
+    def _written(self) -> Writer:
+        assert self._writer is not None, f"node '{self.node.name}' is open"
+        return self._writer
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """See Driver.write."""
+        image = self.image
+        if not image.is_changing:
+            await image.begin_changes()
+        epoch = image.frees.epoch
+        epoch.count += 1
+        # Data that is stable is of use only where the way to it is stable, too.
+        is_clean = fua and image.commit.is_clean()
+        try:
+            await self._written().write(offset, data, fua=is_clean)
+        finally:
+            epoch.count -= 1
+        if fua and not (is_clean and image.commit.is_clean()):
+            await image.commit.run()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
+    ) -> None:
+        """See Driver.write_zeroes; fast but for the ends of the range."""
+        image = self.image
+        if not image.is_changing:
+            await image.begin_changes()
+        epoch = image.frees.epoch
+        epoch.count += 1
+        try:
+            await self._written().write_zeroes(offset, length, may_unmap=may_unmap)
+        finally:
+            epoch.count -= 1
+        if fua:
+            await image.commit.run()
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See Driver.discard."""
+        image = self.image
+        if not image.is_changing:
+            await image.begin_changes()
+        epoch = image.frees.epoch
+        epoch.count += 1
+        try:
+            await self._written().discard(offset, length)
+        finally:
+            epoch.count -= 1
+
+    async def flush(self) -> None:
+        """See Driver.flush."""
+        if not self.node.read_only:
+            await self.image.commit.run()
+
+    # --- facts -----------------------------------------------------------------------------
+
+    def cluster_size(self) -> int:
+        """See Driver.cluster_size."""
+        return self.image.geometry.cluster_size
+
+    async def allocated_size(self) -> int | None:
+        """Return what the image's file takes; see Driver.allocated_size."""
+        return await self.image.file.driver.allocated_size()
+
+
+async def _read_padded(node: Node, offset: int, view: memoryview) -> None:
+    """Read from a node; zeroes behind its end."""
+    inside = max(0, min(len(view), node.size - offset))
+    if inside < len(view):
+        view[inside:] = bytes(len(view) - inside)
+    if inside:
+        await node.read(offset, view[:inside])
+
+
+def _optional_bool(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _cache_sizes(options: Mapping[str, object]) -> dict[str, int]:
+    """Return the sizes of the caches; `cache-size` is both together.
+
+    Raises:
+        CommandError: They contradict each other.
+    """
+
+    def size(name: str) -> int | None:
+        value = options.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    both, l2, refcounts = size("cache-size"), size("l2-cache-size"), size("refcount-cache-size")
+    if both is not None:
+        if l2 is not None and refcounts is not None:
+            raise CommandError(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
+            )
+        if (l2 or 0) > both:
+            raise CommandError("l2-cache-size may not exceed cache-size")
+        if (refcounts or 0) > both:
+            raise CommandError("refcount-cache-size may not exceed cache-size")
+        if refcounts is not None:
+            l2 = both - refcounts
+        elif l2 is not None:
+            refcounts = both - l2
+        else:
+            l2, refcounts = both * 4 // 5, both // 5
+    return {
+        "l2_cache_size": QCOW2_L2_CACHE if l2 is None else l2,
+        "refcount_cache_size": QCOW2_REFCOUNT_CACHE if refcounts is None else refcounts,
+    }

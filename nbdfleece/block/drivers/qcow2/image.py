@@ -1,0 +1,261 @@
+"""What the parts of the driver share of one open image.
+
+Invariants
+  I1  A host cluster that the disk lets go of is free again only when nothing on disk tells of it,
+      and no request is on its way to it (frees.py).
+  I2  From `fresh` on, the image's file has never held data: it reads as zeroes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from nbdfleece.base.errors import CommandError, ImageError, IoError
+from nbdfleece.base.limits import QCOW2_GROW
+from nbdfleece.base.units import align_up
+from nbdfleece.block.drivers.qcow2.commit import Commit
+from nbdfleece.block.drivers.qcow2.counts import RefcountCache
+from nbdfleece.block.drivers.qcow2.frees import Frees
+from nbdfleece.block.drivers.qcow2.tables import L2Cache
+from nbdfleece.block.ranges import RangeList
+from nbdfleece.formats.qcow2 import header as h
+from nbdfleece.formats.qcow2.tables import Geometry
+
+if TYPE_CHECKING:
+    from nbdfleece.block.node import Node
+    from nbdfleece.formats.qcow2.tables import Entries
+
+_log: Final = logging.getLogger(__name__)
+
+# Autoclear features that stay right whatever is written here.
+KEPT_AUTOCLEAR: Final = h.DATA_FILE_RAW
+
+
+class CacheSizes(NamedTuple):
+    """Bytes of tables and of refcounts that are kept in memory."""
+
+    l2: int
+    refcounts: int
+
+
+class Image:
+    """One open image.
+
+    Args:
+        node: The qcow2 node; its `file` child is attached.
+        header: Parsed.
+        l1: The active L1 table.
+        refcount_table: As it is.
+        caches: How much to keep in memory.
+
+    Attributes:
+        header: As it is on disk, but for L1 and refcount table that `commit` has not written yet.
+        geometry: Derived from it.
+        tables: L1 and L2.
+        counts: Refcounts.
+        commit: Writes both.
+        lazy: Refcounts are written late.
+        writing: Guest clusters whose entries somebody is about to change.
+        frees: Host clusters that the disk lets go of (I1).
+        fresh: See I2.
+        is_changing: `begin_changes` has been done.
+        decompressed: Compressed clusters that were read last, by their L2 entry.
+        metadata: Host clusters of metadata that is in memory: nothing else may be written there.
+    """
+
+    lazy = False
+    is_changing = False
+    _beginning: asyncio.Future[None] | None = None
+    _growing: asyncio.Future[None] | None = None
+
+    def __init__(
+        self,
+        node: Node,
+        header: h.Header,
+        l1: Entries[int],
+        refcount_table: Entries[int],
+        *,
+        caches: CacheSizes,
+    ) -> None:
+        self.node: Final = node
+        self.header = header
+        self.geometry: Final = _geometry(header)
+        self.metadata: set[int] = set()
+        self.tables: Final = L2Cache(self, l1, caches.l2)
+        self.counts: Final = RefcountCache(self, refcount_table, caches.refcounts)
+        self.commit: Final = Commit(self)
+        self.writing: Final = RangeList()
+        self.frees: Final = Frees(self)
+        self.fresh = align_up(self.file.size, header.cluster_size)
+        self.decompressed: dict[int, bytes] = {}
+        self.note_metadata()
+
+    # --- where -----------------------------------------------------------------------------
+
+    @property
+    def file(self) -> Node:
+        """The node with the metadata."""
+        edge = self.node.file
+        assert edge is not None, "qcow2 has a file child"
+        return edge.node
+
+    @property
+    def data(self) -> Node:
+        """The node with the data of the disk."""
+        return self.node.child("data-file").node if self.header.has_data_file else self.file
+
+    def damaged(self, error: ImageError) -> IoError:
+        """Return what a request that has met a damaged table fails with."""
+        _log.error("node '%s': %s", self.node.name, error)
+        return IoError(errno.EIO, f"node '{self.node.name}': damaged qcow2 image: {error}")
+
+    def note_metadata(self) -> None:
+        """List the clusters of header, L1 and refcount table as metadata."""
+        bits = self.header.cluster_bits
+        for offset, length in (
+            (0, 1),
+            (self.header.l1_table_offset, 8 * self.header.l1_size),
+            (
+                self.header.refcount_table_offset,
+                self.header.refcount_table_clusters << bits,
+            ),
+        ):
+            self.metadata.update(range(offset >> bits, (offset + length - 1 >> bits) + 1))
+
+    def note_used(self, cluster: int, count: int) -> bool:
+        """Learn that host clusters are in use now; tell whether they read as zeroes (I2)."""
+        bits = self.header.cluster_bits
+        is_fresh = cluster << bits >= self.fresh
+        self.fresh = max(self.fresh, (cluster + count) << bits)
+        return is_fresh
+
+    def check_no_metadata(self, host: int, length: int) -> None:
+        """Insist that data may be written to a range of the image's file.
+
+        Raises:
+            IoError: Metadata is there: the image is damaged.
+        """
+        if self.header.has_data_file:
+            return
+        bits = self.header.cluster_bits
+        first, last = host >> bits, (host + length - 1) >> bits
+        for cluster in range(first, last + 1):
+            if cluster in self.metadata:
+                raise self.damaged(
+                    ImageError(f"data at {cluster << bits:#x} would overwrite metadata")
+                )
+
+    # --- the image's file ------------------------------------------------------------------
+
+    async def read_file(self, offset: int, length: int) -> bytearray:
+        """Return bytes of the image's file; zeroes behind its end."""
+        data = bytearray(length)
+        node = self.file
+        inside = min(length, node.size - offset)
+        if inside > 0:
+            await node.read(offset, memoryview(data)[:inside])
+        return data
+
+    async def write_file(self, offset: int, data: bytes) -> None:
+        """Write metadata."""
+        await self.reach(offset + len(data))
+        await self.file.write(offset, memoryview(data), fua=False)
+
+    async def reach(self, end: int) -> None:
+        """Make the image's file so long, and some more, that its end is seldom in the way."""
+        while (node := self.file).size < end:
+            if self._growing is not None:
+                await self._growing
+                continue
+            self._growing = asyncio.get_running_loop().create_future()
+            try:
+                await node.truncate(align_up(end, self.header.cluster_size) + QCOW2_GROW)
+            except CommandError as error:
+                raise IoError(
+                    errno.ENOSPC, f"node '{self.node.name}': growing to {end} bytes: {error}"
+                ) from error
+            finally:
+                growing, self._growing = self._growing, None
+                growing.set_result(None)
+
+    async def reach_data(self, end: int) -> None:
+        """As `reach`, for the external data file, which gets no longer than the disk."""
+        node = self.data
+        if node.size < end:
+            try:
+                await node.truncate(end)
+            except CommandError as error:
+                raise IoError(
+                    errno.ENOSPC, f"node '{self.node.name}': growing its data file: {error}"
+                ) from error
+
+    async def trim(self) -> None:
+        """Give back what `reach` has added and nobody uses."""
+        if self.fresh < self.file.size:
+            await self.file.truncate(self.fresh)
+
+    def set_lazy(self, lazy: bool | None) -> None:
+        """Write refcounts late, or at once; None: as the image says. Nothing is dirty now."""
+        if lazy is None:
+            lazy = bool(self.header.compatible & h.LAZY_REFCOUNTS)
+        self.lazy = lazy and self.header.version >= 3
+
+    # --- the first change --------------------------------------------------------------------
+
+    async def begin_changes(self) -> None:
+        """Say in the header what has to be said before anything else changes.
+
+        Autoclear features that are not kept right here are cleared; with lazy refcounts the dirty
+        bit is set.
+        """
+        while not self.is_changing:
+            if self._beginning is not None:
+                await self._beginning
+                continue
+            self._beginning = asyncio.get_running_loop().create_future()
+            try:
+                wanted = replace(
+                    self.header,
+                    autoclear=self.header.autoclear & KEPT_AUTOCLEAR,
+                    incompatible=self.header.incompatible | (h.DIRTY if self.lazy else 0),
+                )
+                if wanted != self.header:
+                    await self.write_features(wanted)
+                self.is_changing = True
+            finally:
+                beginning, self._beginning = self._beginning, None
+                beginning.set_result(None)
+
+    async def write_features(self, wanted: h.Header) -> None:
+        """Write the feature bits, to stable storage."""
+        data = h.FEATURES_FIELDS.pack(wanted.incompatible, wanted.compatible, wanted.autoclear)
+        await self.write_file(h.FEATURES_AT, data)
+        await self.file.flush()
+        self.header = wanted
+
+    async def settle_all(self) -> None:
+        """Write out everything, refcounts too, and clear the dirty bit. Nothing is in flight."""
+        if not self.is_changing:
+            return
+        await self.commit.run(with_refcounts=True)
+        while self.frees.waiting or self.counts.is_dirty:
+            await self.commit.run(with_refcounts=True)
+        if self.header.incompatible & h.DIRTY:
+            await self.write_features(
+                replace(self.header, incompatible=self.header.incompatible & ~h.DIRTY)
+            )
+        await self.trim()
+        self.is_changing = False
+
+
+def _geometry(header: h.Header) -> Geometry:
+    return Geometry(
+        header.cluster_bits,
+        is_extended=header.has_extended_l2,
+        has_zero_flag=header.version >= 3,
+        has_data_file=header.has_data_file,
+    )
