@@ -180,7 +180,7 @@ class Fleece:
 
         Cancel: undone.
         """
-        async with self._changing:  # a snapshot that is being made counts on the disk's top
+        async with self.changing:  # a snapshot that is being made counts on the disk's top
             await set_drive(self._graph, export, node)
 
     async def remove_disk(self, name: str, *, force: bool) -> None:

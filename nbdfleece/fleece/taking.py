@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError
+from nbdfleece.block.drain import in_time
 from nbdfleece.fleece.bitmaps import TiedBitmap
-from nbdfleece.fleece.change import in_time
 from nbdfleece.fleece.snapshot import Snapshot
 from nbdfleece.server.exports import RemoveMode
 
