@@ -117,7 +117,7 @@ _DRIVERS: Final = {
             "l2-cache-size": _BYTES,
             "l2-cache-entry-size": _BYTES,
             "refcount-cache-size": _BYTES,
-            "cache-clean-interval": _SIZE,
+            "cache-clean-interval": _BYTES,
         },
     ),
     "raw": Struct(_FILE, {"offset": _BYTES, "size": _BYTES}),
