@@ -34,6 +34,7 @@ from nbdfleece.control.objects import Objects
 from nbdfleece.control.socket import Control
 from nbdfleece.datapath.poller import new_event_loop
 from nbdfleece.datapath.pump import PumpLimits
+from nbdfleece.fleece.backup import Backups
 from nbdfleece.fleece.fleece import Fleece
 from nbdfleece.fleece.io_limits import watch_limits
 from nbdfleece.fleece.location import Location, is_block_device, parse_location
@@ -271,6 +272,7 @@ class Daemon:
                 NbdService(server, self._exports, is_permanent=True),
                 Objects(),
                 jobs,
+                Backups(fleece, self._graph, jobs),
             )
         )
         return fleece

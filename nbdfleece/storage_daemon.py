@@ -33,6 +33,7 @@ from nbdfleece.control.events import Events
 from nbdfleece.control.objects import Objects
 from nbdfleece.control.socket import Control
 from nbdfleece.datapath.poller import new_event_loop
+from nbdfleece.fleece.backup import Backups
 from nbdfleece.fleece.fleece import Fleece
 from nbdfleece.fleece.io_limits import watch_limits
 from nbdfleece.fleece.store import StateFolder
@@ -164,6 +165,7 @@ class StorageDaemon:
             NbdService(server, self._exports, is_permanent=False),
             Objects(),
             jobs,
+            Backups(fleece, self._graph, jobs),
         )
 
     # --- options ---------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class DiskFolder:
         self.is_new = False
         self._files = files or Files()
         self._lock_fd = -1
-        with self._says("open"):
+        with self._says("use"):
             self._lock(for_change=for_change)
         try:
             self._load(for_change=for_change)
@@ -113,7 +113,7 @@ class DiskFolder:
 
     def present(self) -> set[str]:
         """Return the names of the finished files that are there."""
-        with self._says("list"):
+        with self._says("list the files of"):
             return {name for name in os.listdir(self.path) if parse_file_name(name) is not None}
 
     def strangers(self) -> list[str]:
@@ -139,7 +139,7 @@ class DiskFolder:
         Raises:
             BackupError: It failed. Every point that was there still is.
         """
-        with self._says(f"finish {change.add.file}"):
+        with self._says(f"finish {change.add.file} in"):
             self._files.sync(fd)
             self._put(replace(self.manifest, pending=change))
             self._finish_pending(is_done=False)
@@ -153,14 +153,14 @@ class DiskFolder:
         """
         kept = tuple(point for point in self.manifest.points if point.name not in names)
         gone = tuple(point.file for point in self.manifest.points if point.name in names)
-        with self._says("remove points"):
+        with self._says("remove points from"):
             garbage = (*self.manifest.garbage, *gone)
             self._put(replace(self.manifest, points=kept, garbage=garbage))
             self._clear_garbage()
 
     def remove_partials(self) -> list[str]:
         """Remove unfinished files; return their names."""
-        with self._says("remove unfinished files"):
+        with self._says("remove unfinished files from"):
             found = sorted(
                 name
                 for name in os.listdir(self.path)
@@ -229,7 +229,7 @@ class DiskFolder:
 
     def _recover(self) -> None:
         """Finish what a crash left behind (F3)."""
-        with self._says("finish an interrupted change"):
+        with self._says("finish an interrupted change of"):
             change = self.manifest.pending
             if change is not None:
                 is_named = self._is_named()
@@ -289,7 +289,23 @@ class DiskFolder:
             yield
         except OSError as error:
             where = error.filename or self.path
-            raise BackupError(f"{what}: '{where}': {error.strerror}") from error
+            why = "is not a folder" if isinstance(error, FileExistsError) else error.strerror
+            raise BackupError(f"cannot {what} '{where}': {why}") from error
+
+
+def folder_id(path: Path) -> str | None:
+    """Return the id that a sibling in `path` (DIR) has, or None.
+
+    Raises:
+        Damaged: A manifest makes no sense.
+    """
+    for manifest in sorted(path.glob(f"*/{MANIFEST}")):
+        try:
+            found = manifests.load(manifest.read_bytes(), str(manifest))
+        except OSError as error:
+            raise BackupError(f"read '{manifest}': {error.strerror}") from error
+        return found.folder_id
+    return None
 
 
 def disks(path: Path) -> list[str]:

@@ -173,7 +173,7 @@ class Image:
                 continue
             offset = start + index * cluster
             if offset >= self.size:
-                raise self._damaged(f"it has data behind the disk's end, at {offset}")
+                break  # a table of zeroes may go on behind the end
             if entry & _COMPRESSED:
                 host = entry & ((1 << shift) - 1)
                 sectors = (entry >> shift & ((1 << (62 - shift)) - 1)) + 1

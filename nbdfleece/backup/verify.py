@@ -63,6 +63,15 @@ def verify(
     return verdicts
 
 
+def verify_files(folder: DiskFolder, points: list[Point]) -> str | None:
+    """Return what is wrong with the files of some points, without reading all of them, or None."""
+    for point in points:
+        fault = _fault(folder, point, data=False, tell=lambda _: None)
+        if fault is not None:
+            return fault
+    return None
+
+
 def _fault(
     folder: DiskFolder, point: Point, *, data: bool, tell: Callable[[int], None]
 ) -> str | None:

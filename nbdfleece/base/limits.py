@@ -121,6 +121,7 @@ MAX_BACKUP_POINTS: Final = 16384  # of one disk in one folder: a point an hour f
 MAX_BACKUP_MANIFEST: Final = 32 * MiB  # bytes of a manifest.json: so many points, and more
 BACKUP_READS: Final = 8  # pieces of a disk that are read, hashed and packed at a time
 BACKUP_WRITES: Final = 8  # pieces on their way to where a point is restored
+MAX_BACKUP_RUNS: Final = 64  # backups of this daemon that are remembered after their end
 BACKUP_THREADS: Final = 3  # that hash, pack and write for one backup
 
 # --- QMP -------------------------------------------------------------------------------------

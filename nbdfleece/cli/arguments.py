@@ -42,8 +42,6 @@ NOT_BUILT: Final = frozenset(
         ("map",),
         ("completion",),
         ("check",),
-        ("backup",),
-        ("restore",),
     }
 )
 
@@ -51,9 +49,6 @@ NOT_BUILT: Final = frozenset(
 _SERVE_LATER: Final = (("--metrics", True),)
 _CREATE_LATER: Final = (
     ("--expire", True),
-    ("--pre", True),
-    ("--post", True),
-    ("--hook-timeout", True),
     ("--internal", False),
 )
 
@@ -71,6 +66,8 @@ def build_parser(version: str) -> Parser:
     _add_serve(commands)
     _add_snapshot(commands)
     _add_bitmap(commands)
+    _add_backup(commands)
+    _add_restore(commands)
     _add_status(commands)
     _add_client(commands)
     _add_qmp(commands)
@@ -192,6 +189,7 @@ def _add_snapshot(commands: _Commands) -> None:
         "DURATION",
         kind=_seconds,
     )
+    _add_hooks(create)
     create.add_argument("--durability", choices=("process", "power"), help="what it outlives")
     _add_common(create)
     _add_later(create, _CREATE_LATER)
@@ -243,6 +241,96 @@ def _add_bitmap(commands: _Commands) -> None:
     listing.set_defaults(command="bitmap list")
     listing.add_argument("disk", nargs="?", metavar="DISK", help="of this disk alone")
     _add_common(listing)
+
+
+def _add_hooks(parser: Parser) -> None:
+    text = _Adder(parser)
+    text("--pre", "shell command before the instant, as to freeze a guest; it must succeed", "CMD")
+    text("--post", "shell command right behind the instant; it runs whatever happened", "CMD")
+    text(
+        "--hook-timeout",
+        "for each of them, and for the instant between them (default: 10)",
+        "SECONDS",
+        kind=_seconds,
+    )
+
+
+def _add_backup(commands: _Commands) -> None:
+    group = _add(
+        commands,
+        "backup",
+        "back up disks into a folder, and look after that",
+        "backup create vda vdb --to /srv/backup",
+    ).add_subparsers(metavar="SUBCOMMAND", required=True)
+    create = _add(
+        group,
+        "create",
+        "back up disks, all at one instant: what has changed, or all the first time",
+        "backup create vda vdb --to /srv/backup --keep-daily 7 --keep-weekly 4",
+    )
+    create.set_defaults(command="backup create")
+    create.add_argument("disks", nargs="+", metavar="DISK", help="name of a disk")
+    text = _Adder(create)
+    text("--to", "folder, on the daemon's machine", "DIR")
+    _switch(create, "--stdout", "write one disk to stdout, raw, for another backup program")
+    _switch(create, "--full", "make a full file, even if an increment would do")
+    _switch(create, "--compress", "compress the data")
+    text("--rate", "read at most so many bytes per second", "SIZE", kind=_size)
+    _switch(create, "--discard", "give temporary space back as soon as it has been read")
+    _add_hooks(create)
+    _add_keep(create)
+    _add_common(create)
+    listing = _add(group, "list", "list the points in time of a folder", "backup list /srv/backup")
+    listing.set_defaults(command="backup list")
+    verify = _add(
+        group,
+        "verify",
+        "look whether every point can be restored",
+        "backup verify /srv/backup --data",
+    )
+    verify.set_defaults(command="backup verify")
+    _switch(verify, "--data", "read all the files, and compare them with their hashes")
+    prune = _add(
+        group,
+        "prune",
+        "give up old points; the ones that stay keep their content",
+        "backup prune /srv/backup --keep-last 3 --keep-daily 7 --keep-weekly 4",
+    )
+    prune.set_defaults(command="backup prune")
+    _switch(prune, "--dry-run", "say what would be removed, and do nothing")
+    _add_keep(prune)
+    for parser in (listing, verify, prune):
+        parser.add_argument("folder", metavar="DIR[/DISK]", help="of backups, or of one disk's")
+        parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+        _add_verbosity(parser)
+
+
+def _add_keep(parser: Parser) -> None:
+    text = _Adder(parser)
+    text("--keep-last", "keep the newest N points", "N", kind=_count)
+    for period in ("hour", "day", "week", "month", "year"):
+        name = "daily" if period == "day" else f"{period}ly"
+        text(f"--keep-{name}", f"keep the newest point of the last N {period}s", "N", kind=_count)
+
+
+def _add_restore(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "restore",
+        "write a point in time of a backup to a file, block device or NBD export",
+        "restore /srv/backup/vda@20261127T031644Z /srv/vm/disk.raw",
+    )
+    parser.set_defaults(command="restore")
+    parser.add_argument(
+        "source",
+        metavar="DIR[/DISK][@INSTANT]",
+        help="the disk may be left out if there is one; the newest point unless INSTANT is given",
+    )
+    parser.add_argument("destination", metavar="DEST", help="path, or NBD URI")
+    _switch(parser, "--force", "overwrite what is there")
+    _switch(parser, "--verify", "fail unless all that is read is what was written")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    _add_verbosity(parser)
 
 
 def _add_status(commands: _Commands) -> None:

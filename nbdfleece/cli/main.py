@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece import __version__
 from nbdfleece.base.errors import NbdfleeceError
-from nbdfleece.cli import bitmaps, clients, pki, qmp, serve, snapshot, status, storage_daemon
+from nbdfleece.cli import (
+    backup,
+    bitmaps,
+    clients,
+    pki,
+    qmp,
+    serve,
+    snapshot,
+    status,
+    storage_daemon,
+)
 from nbdfleece.cli.arguments import NOT_BUILT, UsageError, build_parser
 from nbdfleece.cli.exits import FAILED, USAGE, code_of, complain
 
@@ -27,6 +37,11 @@ _COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "bitmap remove": bitmaps.remove,
     "bitmap clear": bitmaps.clear,
     "bitmap list": bitmaps.list_all,
+    "backup create": backup.create,
+    "backup list": backup.list_all,
+    "backup verify": backup.verify,
+    "backup prune": backup.prune,
+    "restore": backup.restore,
     "status": status.status,
     "client list": clients.list_all,
     "client kick": clients.kick,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nbdfleece.backup.hooks import HookFailed, TooLate
 from nbdfleece.cli import output
 from nbdfleece.cli.arguments import UsageError
+from nbdfleece.cli.backup import hooks_of
 from nbdfleece.cli.client import Client, CommandFailed, Row
-from nbdfleece.cli.exits import BROKEN, DONE, NOT_FOUND, PARTLY, code_of, complain
+from nbdfleece.cli.exits import BROKEN, DONE, FAILED, NOT_FOUND, PARTLY, code_of, complain
 from nbdfleece.cli.paths import control_socket
 
 if TYPE_CHECKING:
@@ -26,17 +28,34 @@ def create(args: argparse.Namespace) -> int:
         value = getattr(args, name.replace("-", "_"))
         if value is not None:
             arguments[name] = value
+    thaw_failed = False
     with Client(control_socket(args.control)) as client:
-        made = client.query("fleece-snapshot-create", arguments)
+        with hooks_of(args) as hooks:
+            made = client.query("fleece-snapshot-create", arguments)
+            try:
+                hooks.thaw()
+            except TooLate:
+                _delete_all(client, made)
+                raise
+            except HookFailed as error:
+                complain("snapshot create", f"{error}; the snapshot is there")
+                thaw_failed = True
         uris = exports(client)
     if args.json:
         output.print_json(
             [{**row.value, "uri": next(iter(_reach(row, uris)), None)} for row in made]
         )
-        return DONE
+    else:
+        for row in made:
+            print(" ".join([row.text("export"), *_reach(row, uris)[:1]]))
+    return FAILED if thaw_failed else DONE
+
+
+def _delete_all(client: Client, made: list[Row]) -> None:
+    """Delete snapshots of an instant that came too late."""
     for row in made:
-        print(" ".join([row.text("export"), *_reach(row, uris)[:1]]))
-    return DONE
+        name: dict[str, Json] = {"disk": row.text("disk"), "snapshot": row.text("snapshot")}
+        client.execute("fleece-snapshot-delete", name)
 
 
 def _reach(row: Row, uris: dict[str, list[str]]) -> list[str]:

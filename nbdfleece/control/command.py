@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nbdfleece.block.graph import Graph
     from nbdfleece.control.events import Events
     from nbdfleece.control.objects import Objects
+    from nbdfleece.fleece.backup import Backups
     from nbdfleece.fleece.fleece import Fleece
     from nbdfleece.jobs.manager import JobManager
     from nbdfleece.protocol.qmp.schema import Arguments, Struct, Type, Union
@@ -41,6 +42,7 @@ class Context:
         nbd: The server, as commands start and stop it.
         objects: What `object-add` has made.
         jobs: Backups and other long work.
+        backups: Backups into folders.
         transacting: Held by a transaction (control.transaction); never by requests.
     """
 
@@ -54,6 +56,7 @@ class Context:
     nbd: NbdService
     objects: Objects
     jobs: JobManager
+    backups: Backups
     transacting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 

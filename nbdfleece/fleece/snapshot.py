@@ -139,6 +139,11 @@ class Snapshot:
         return "" if self._access is None else self._access.name
 
     @property
+    def size(self) -> int:
+        """Bytes; 0 before it is prepared and after it is taken apart."""
+        return 0 if self.filter is None else self.filter.size
+
+    @property
     def readers(self) -> int:
         """Connections to the snapshot's export."""
         return 0 if self._export is None else connections(self._export)
@@ -177,7 +182,7 @@ class Snapshot:
             export=self.export_name,
             node_name=self.node_name,
             instant=self.instant,
-            size=0 if self.filter is None else self.filter.size,
+            size=self.size,
             saved_bytes=self.cbw.saved_bytes,
             temp_bytes=held or 0,
             error=self.error,

@@ -29,7 +29,7 @@ def test_help_has_an_example(command: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["disk", "add", "x"], ["backup", "create"], ["clone", "a@b"], ["snapshot", "reset"]],
+    [["disk", "add", "x"], ["check"], ["clone", "a@b"], ["snapshot", "reset"]],
     ids=" ".join,
 )
 def test_what_is_not_built_is_refused_in_one_line(command: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def add_point(
     instant: datetime | None = None,
     compress: bool = False,
     files: Files | None = None,
+    bitmap: str = "",
 ) -> Point:
     """Add a point with the content of `disk`; an increment, if `before` is the newest's content."""
     newest = folder.manifest.newest
@@ -115,6 +117,7 @@ def add_point(
         file_bytes=0,
         sha256="0" * 64,
         compressed=compress,
+        bitmap=bitmap,
     )
     padding = bytes(-len(disk) % 512)
     disk, before = disk + padding, before and before + padding
@@ -127,24 +130,11 @@ def add_point(
                 data = bytearray(piece[first:end])
                 new.put(prepare(start + first, data, len(data), compress=compress))
         sha256, size = new.finish()
-        point = _with(point, sha256, size)
+        point = replace(point, sha256=sha256, file_bytes=size)
         folder.finish(Change(point), fd)
     finally:
         os.close(fd)
     return point
-
-
-def _with(point: Point, sha256: str, file_bytes: int) -> Point:
-    return Point(
-        point.name,
-        point.instant,
-        point.kind,
-        point.parent,
-        point.size,
-        file_bytes,
-        sha256,
-        compressed=point.compressed,
-    )
 
 
 def _different(piece: bytes, before: bytes | None) -> list[tuple[int, int]]:

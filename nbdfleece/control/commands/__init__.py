@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.control.command import Command
 from nbdfleece.control.commands import (
+    backup,
     bitmaps,
     exports,
     fleece,
@@ -46,6 +47,7 @@ _LIST: Final = Array(Struct({"name": String()}))
 _TABLES: Final = (
     general.COMMANDS,
     fleece.COMMANDS,
+    backup.COMMANDS,
     jobs.COMMANDS,
     bitmaps.COMMANDS,
     exports.COMMANDS,
