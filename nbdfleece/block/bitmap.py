@@ -55,6 +55,9 @@ _anonymous = itertools.count(1)
 class BitmapStore(Protocol):
     """Where a persistent bitmap outlives the process."""
 
+    def about_to_write(self) -> None:
+        """Learn that a write to the node begins. Cannot fail."""
+
     def record(self, first: int, last: int) -> None:
         """Make the granules [first, last) dirty, before this returns. Cannot fail.
 
@@ -212,6 +215,17 @@ class DirtyBitmap:
             offset = first << self._shift
             yield offset, min(last << self._shift, self.size) - offset
 
+    def load(self, base: int, states: bytes) -> None:
+        """Take over up to 16384 granules from `base` on, a multiple of that: 0 clean, 1 dirty."""
+        self._bits.put_page(base, states)
+
+    def states(self) -> Iterator[tuple[int, bytes]]:
+        """Yield what `load` takes, for parts that are not all clean, in order."""
+        for base, page in self._bits.pages():
+            if page != _CLEAN:
+                size = min(PAGE, len(self._bits) - base)
+                yield base, bytes((_DIRTY,)) * size if isinstance(page, int) else bytes(page[:size])
+
     def runs(self) -> Iterator[tuple[int, int]]:
         """As `dirty_ranges`, in granules [first, last)."""
         start, end = 0, 0  # a run that may go on in the next page
@@ -254,13 +268,10 @@ class DirtyBitmap:
         Eight granules per byte, the first in the lowest bit; each part begins at a multiple of
         16384 granules and ends at a whole 64-bit word.
         """
-        for base, page in self._bits.pages():
-            size = min(PAGE, len(self._bits) - base)
-            if page == _CLEAN:
-                continue
-            states = b"\1" * size if isinstance(page, int) else page[:size]
+        for base, states in self.states():
             digits = states.translate(_DIGITS)[::-1]
-            yield base, int(digits, 2).to_bytes(ceil_div(size, _WORD) * _WORD // 8, "little")
+            words = ceil_div(len(states), _WORD)
+            yield base, int(digits, 2).to_bytes(words * _WORD // 8, "little")
 
     def sha256(self) -> str:
         """Return the hash, in hex, of all bits as 64-bit words, as QEMU has it."""
@@ -361,7 +372,8 @@ def new_bitmap(node: Node, name: str, granularity: int | None, *, enabled: bool)
     """Return a new bitmap for `node`, which does not have it yet.
 
     Raises:
-        CommandError: The name is empty, too long or taken, or the granularity is none.
+        CommandError: The name is empty, too long, taken or no proper text, or the granularity is
+            none.
     """
     if not name:
         raise CommandError("Bitmap name cannot be empty")
@@ -370,7 +382,13 @@ def new_bitmap(node: Node, name: str, granularity: int | None, *, enabled: bool)
     check_granularity(granularity)
     if name in node.bitmaps:
         raise CommandError(f"Bitmap already exists: {name}")
-    if len(name.encode(errors="surrogateescape")) > MAX_BITMAP_NAME:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise CommandError("Bitmap name is not UTF-8") from error
+    if "\0" in name:
+        raise CommandError("Bitmap name contains a NUL byte")
+    if length > MAX_BITMAP_NAME:
         raise CommandError(f"Bitmap name too long: {name}")
     return DirtyBitmap(name, size=node.size, granularity=granularity, enabled=enabled)
 

@@ -364,6 +364,7 @@ class Node:
         """Mark the bitmaps that are to know of a write before it begins (N2)."""
         for bitmap in self.bitmaps.values():
             if bitmap.store is not None:
+                bitmap.store.about_to_write()
                 bitmap.mark(offset, length)
 
     def mark(self, offset: int, length: int) -> None:

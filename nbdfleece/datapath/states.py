@@ -148,6 +148,14 @@ class StateMap:
         for number in sorted(self._pages):
             yield number << _SHIFT, self._pages[number]
 
+    def put_page(self, first: int, states: bytes) -> None:
+        """Set the states from `first` on, a multiple of PAGE; PAGE of them, or up to the end."""
+        assert first & _MASK == 0, "not where a page begins"
+        if not states.strip(states[:1]):
+            self.fill(first, first + len(states), states[0])
+        else:
+            self._pages[first >> _SHIFT] = bytearray(states.ljust(PAGE, b"\0"))
+
     def copy(self) -> StateMap:
         """Return another map with the same states."""
         twin = StateMap(self._count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from nbdfleece.block.drivers.nbd.driver import NbdDriver
 from nbdfleece.fleece.io_limits import below_limit
 
 if TYPE_CHECKING:
+    from nbdfleece.block.bitmap_files import DiskBitmaps
     from nbdfleece.block.driver import Driver
     from nbdfleece.block.node import Node
     from nbdfleece.fleece.location import Location
@@ -48,11 +50,13 @@ class Disk:
         location: Where it is and how it was asked for.
         node: The node of the file or device, at the bottom.
         export: The live export, at the top.
+        kept: Where its persistent bitmaps are.
         snapshots: By name, oldest first.
     """
 
-    def __init__(self, location: Location, node: Node, export: Export) -> None:
+    def __init__(self, location: Location, node: Node, export: Export, kept: DiskBitmaps) -> None:
         self.location = location
+        self.kept = kept
         self.node = node
         self.export = export
         self.snapshots: dict[str, Snapshot] = {}
@@ -169,3 +173,17 @@ def identity(location: Location, size: int, *, is_stopped: bool) -> dict[str, Va
     facts |= {"device": status.st_dev, "inode": status.st_ino, "rdev": status.st_rdev}
     facts["mtime-ns"] = status.st_mtime_ns if is_stopped else None
     return facts
+
+
+def last_change(location: Location) -> int:
+    """Return when a disk was last changed, in ns of the epoch; 0: nobody knows. May block.
+
+    Only files tell: the time of a block device is not that of its content.
+    """
+    if location.remote is not None:
+        return 0
+    try:
+        status = os.stat(location.path)
+    except OSError:  # removed while it was served
+        return 0
+    return status.st_mtime_ns if stat.S_ISREG(status.st_mode) else 0

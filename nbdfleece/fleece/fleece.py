@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
+from nbdfleece.block.bitmap_files import DiskBitmaps, identity_of
 from nbdfleece.block.drain import in_time, quiet
 from nbdfleece.block.graph import above
 from nbdfleece.block.node import Node
 from nbdfleece.fleece.change import remove_export
-from nbdfleece.fleece.disk import Disk, identity, make_driver
+from nbdfleece.fleece.disk import Disk, identity, last_change, make_driver
 from nbdfleece.fleece.drive import set_drive
 from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotNotFound
 from nbdfleece.fleece.io_limits import drop_unused_limits
@@ -162,13 +163,18 @@ class Fleece:
                 if location.remote is not None:
                     await _check_remote_is_raw(location, node)
                 await asyncio.to_thread(self._write_disk, location, node.size, is_stopped=False)
-                name = location.disk
-                options = ExportOptions(name, name, not location.read_only, "")
-                export = self._exports.add(node, options)
+                kept = await self._open_bitmaps(location, node, is_device=is_device)
+                try:
+                    name = location.disk
+                    options = ExportOptions(name, name, not location.read_only, "")
+                    export = self._exports.add(node, options)
+                except BaseException:
+                    await asyncio.to_thread(kept.finish, last_change(location))
+                    raise
             except BaseException:
                 await self._graph.remove(node)
                 raise
-            disk = self._disks[location.disk] = Disk(location, node, export)
+            disk = self._disks[location.disk] = Disk(location, node, export, kept)
             _log.info("disk %s: %s, %d bytes", disk.name, location.path, node.size)
             return disk
 
@@ -252,10 +258,38 @@ class Fleece:
             except IoError as error:
                 _log.error("disk %s: last flush failed: %s", disk.name, error)
         await drop_unused_limits(self._graph)
+        changed_ns = await asyncio.to_thread(last_change, disk.location)
         await self._graph.remove(disk.node)
         del self._disks[disk.name]
+        await asyncio.to_thread(disk.kept.finish, changed_ns)
         await asyncio.to_thread(self._write_disk, disk.location, disk.node.size, is_stopped=True)
         _log.info("disk %s: removed", disk.name)
+
+    async def _open_bitmaps(
+        self, location: Location, node: Node, *, is_device: bool
+    ) -> DiskBitmaps:
+        """Give a disk's node the bitmaps that are kept for it.
+
+        Raises:
+            CommandError: A file of one cannot be read.
+        """
+        folder = self._state.bitmap_folder(location.disk)
+        is_file = location.remote is None and not is_device
+        facts = await asyncio.to_thread(identity, location, node.size, is_stopped=False)
+        kept = DiskBitmaps(folder, node, identity_of(facts, is_file=is_file))
+        loaded = await asyncio.to_thread(lambda: kept.load(last_change(location)))
+        for bitmap in loaded:
+            node.bitmaps[bitmap.name] = bitmap
+            if bitmap.inconsistent:
+                _log.warning(
+                    "disk %s: bitmap '%s' is inconsistent: %s",
+                    location.disk,
+                    bitmap.name,
+                    bitmap.reason,
+                )
+        if node.bitmap_keeper is None:
+            node.bitmap_keeper = kept
+        return kept
 
     def _write_disk(self, location: Location, size: int, *, is_stopped: bool) -> None:
         """Keep what is known of a disk; in a thread."""

@@ -4,6 +4,7 @@
 
     STATE/.lock                             held by the daemon that uses the folder
     STATE/DISK/disk.json                    location, identity
+    STATE/DISK/bitmaps/NAME                 see block.bitmap_files
     STATE/DISK/snapshots/NAME/meta.json     instant, size, policy
     STATE/DISK/snapshots/NAME/temp.raw      old data, unless there is a folder of its own for that
 
@@ -114,6 +115,10 @@ class StateFolder:
             raise StateError(f"'{folder}': {_says(error)}") from error
         _read_json(folder / "disk.json")  # refuses what a newer version wrote
         _write_json(folder / "disk.json", facts)
+
+    def bitmap_folder(self, disk: str) -> Path:
+        """Return where the bitmaps of a disk are kept; it may not be there."""
+        return self.path / disk / "bitmaps"
 
     # --- snapshots -------------------------------------------------------------------------
 

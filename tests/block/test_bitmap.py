@@ -46,6 +46,10 @@ class Store:
     def __init__(self) -> None:
         self.bits: set[int] = set()
 
+    def about_to_write(self) -> None: ...
+
+    def abandon(self, why: str) -> None: ...
+
     def record(self, first: int, last: int) -> None:
         self.bits |= set(range(first, last))
 
@@ -315,6 +319,8 @@ async def test_a_bitmap_that_cannot_be_is_refused() -> None:
         ("c", 256, "Granularity must be power of 2 and at least 512"),
         ("c", 0, "Granularity must be power of 2 and at least 512"),
         ("b", None, "Bitmap already exists: b"),
+        ("\udcff", None, "Bitmap name is not UTF-8"),
+        ("a\0", None, "Bitmap name contains a NUL byte"),
         ("x" * 1024, None, f"Bitmap name too long: {'x' * 1024}"),
     ):
         with pytest.raises(CommandError) as refused:

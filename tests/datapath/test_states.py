@@ -92,6 +92,10 @@ def test_random_history_equals_a_plain_bytearray(
             bytes((page,)) * (last - first) if isinstance(page, int) else page[: last - first]
         )
     assert by_pages == plain.states
+    loaded = StateMap(count)
+    for first in range(0, count, PAGE):
+        loaded.put_page(first, bytes(plain.states[first : first + PAGE]))
+    assert loaded.runs(0, count) == plain.runs(0, count)
     states.fill(0, count, 3)
     assert twin.runs(0, count) == plain.runs(0, count)
 
