@@ -105,7 +105,7 @@ class Changes:
 
     async def one(self) -> None:
         kinds = (self.add, self.delete, self.rewire, self.rewire, self.reopen_file, self.snapshot)
-        change = self.rng.choice((*kinds, self.wrong))
+        change = self.rng.choice((*kinds, self.transact, self.wrong))
         try:
             await change()
         except CommandFailed as error:
@@ -155,6 +155,41 @@ class Changes:
             name = self.snapshots.pop(self.rng.randrange(len(self.snapshots)))
             await self.ask("fleece-snapshot-delete", disk="vda", snapshot=name)
 
+    async def transact(self) -> None:
+        """Snapshot, backup and new nodes at once, in any order that can be; half are refused."""
+        if len(self.snapshots) >= MOST_SNAPSHOTS:
+            return
+        self.made += 1
+        name, target, job = (f"{kind}{self.made}" for kind in "stj")
+        null = {"driver": "null-co", "node-name": target, "size": SIZE}
+        backup = {"job-id": job, "device": "vda", "target": target, "sync": "full"}
+        on_top = {"job-id": f"{job}x", "device": "top", "target": f"{target}x", "sync": "none"}
+        actions = [
+            ("blockdev-add", null),
+            ("blockdev-backup", backup),
+            ("blockdev-add", {**null, "node-name": f"{target}x"}),
+            ("blockdev-backup", on_top),
+        ]
+        snapshot = ("fleece-snapshot-create", {"disks": ["vda"], "name": name})
+        actions.insert(self.rng.randrange(5), snapshot)
+        is_refused = self.rng.random() < 0.5
+        if is_refused:
+            actions.insert(self.rng.randrange(6), ("abort", {}))
+        asked = [{"type": kind, "data": data} for kind, data in actions]
+        before = await names(self)
+        try:
+            await self.ask("transaction", actions=asked)
+        except CommandFailed:
+            assert await names(self) == before
+            raise
+        assert not is_refused
+        self.snapshots.append(name)
+        await self.ask("job-cancel", id=f"{job}x")
+        while await self.ask("query-jobs"):
+            pass
+        for node in (target, f"{target}x"):
+            await self.ask("blockdev-del", node_name=node)
+
     async def wrong(self) -> None:
         command, arguments = self.rng.choice(WRONG)
         await self.ask(command, **arguments)
@@ -175,6 +210,7 @@ WRONG: tuple[tuple[str, dict[str, object]], ...] = (
 )
 
 EXPECTED = (
+    "Abort action",
     "Duplicate nodes",
     "Cannot find device=",
     "Failed to find node",
@@ -235,7 +271,7 @@ async def test_guests_do_not_notice(
         await changes.take_down()
 
         print(f"done {changes.done}, refused {changes.refused}")
-        wanted = {"add", "delete", "rewire", "reopen_file", "snapshot"}
+        wanted = {"add", "delete", "rewire", "reopen_file", "snapshot", "transact"}
         assert set(changes.done) == wanted
         assert await names(changes) == before
         await eventually(lambda: len(descriptors(daemon)) <= len(open_before))
