@@ -114,21 +114,6 @@ class BackupOptions:
     discard_source: bool = False
 
 
-async def start_backup(
-    graph: Graph, jobs: JobManager, options: BackupOptions, job_options: JobOptions
-) -> Job:
-    """Start a backup now (blockdev-backup).
-
-    Raises:
-        CommandError: It cannot be. The graph is unchanged, and there is no job.
-    """
-    source, target = check_backup(graph, jobs, options)
-    async with drained(source, target):
-        job = await prepare_backup(graph, jobs, options, job_options)
-        jobs.start(job)
-    return job
-
-
 def check_backup(graph: Graph, jobs: JobManager, options: BackupOptions) -> tuple[Node, Node]:
     """Check all that can be checked without a change; return source and target.
 

@@ -21,7 +21,7 @@ from nbdfleece.block.drivers.raw import RawDriver
 from nbdfleece.block.drivers.snapshot_access import SnapshotAccess
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
-from nbdfleece.jobs.backup import BackupOptions, BitmapMode, Sync, prepare_backup, start_backup
+from nbdfleece.jobs.backup import BackupOptions, BitmapMode, Sync, check_backup, prepare_backup
 from nbdfleece.jobs.job import Job, JobEnded, JobIoError, JobNews, JobOptions, OnError, Status
 from nbdfleece.jobs.manager import JobManager
 from tests.support.fleecing import (
@@ -127,12 +127,11 @@ class Bench:
         job: JobOptions | None = None,
         **options: object,
     ) -> Job:
-        return await start_backup(
-            self.graph,
-            self.jobs,
-            BackupOptions(device, target, sync, **options),  # type: ignore[arg-type]
-            job or JobOptions("j"),
-        )
+        given = BackupOptions(device, target, sync, **options)  # type: ignore[arg-type]
+        async with drained(*check_backup(self.graph, self.jobs, given)):
+            made = await prepare_backup(self.graph, self.jobs, given, job or JobOptions("j"))
+            self.jobs.start(made)
+        return made
 
     def ended(self) -> JobEnded:
         (ended,) = [news for news in self.news if isinstance(news, JobEnded)]
