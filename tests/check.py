@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,15 +40,51 @@ CLIENTS = {
     "nbdinfo": "libnbd-bin",
     "nbd-client": "nbd-client",
     "fio": "fio",
+    "e2fsck": "e2fsprogs",
+    "debugfs": "e2fsprogs",
+    "busybox": "busybox-static",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-ga": "qemu-guest-agent",
+    "linux-image": "linux-image-cloud-amd64",  # no program: see find_kernel
 }
+KERNEL = ROOT / ".kernel"
 
 
 class CheckError(Exception):
     """The checks cannot run at all; the text says why and what to do."""
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A Linux kernel for the virtual machines of the tests.
+
+    Attributes:
+        image: What a boot loader loads.
+        modules: The folder with its modules.
+    """
+
+    image: Path
+    modules: Path
+
+
+def find_kernel() -> Kernel | None:
+    """Return a kernel with its modules: from a package unpacked in .kernel, or this machine's."""
+    for root in (KERNEL, Path("/")):
+        for image in sorted((root / "boot").glob("vmlinuz-*-amd64"), reverse=True):
+            modules = root / "lib/modules" / image.name.removeprefix("vmlinuz-")
+            if modules.is_dir() and os.access(image, os.R_OK):
+                return Kernel(image, modules)
+    return None
+
+
 def find_program(name: str) -> str | None:
-    """Return the path of a program, also from the sbin folders a user's PATH lacks."""
+    """Return the path of a program, also from the sbin folders a user's PATH lacks.
+
+    For "linux-image" it is the path of a kernel.
+    """
+    if name == "linux-image":
+        kernel = find_kernel()
+        return None if kernel is None else str(kernel.image)
     return shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
 
 
