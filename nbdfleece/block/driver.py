@@ -152,6 +152,23 @@ class Driver(ABC):
     async def reopen_finish(self) -> None:  # noqa: B027
         """Drop whatever is not in force: of before, or of the change that was not made."""
 
+    def can_have_backing(self) -> bool:
+        """Tell whether the node may have a child `backing`, and get or lose it while it is open."""
+        return False
+
+    def backing_file(self) -> str:
+        """Return what the image itself says is behind it; empty: nothing."""
+        return ""
+
+    async def change_backing_file(self, name: str, driver: str) -> None:
+        """Have the image say that `name`, of format `driver`, is behind it; see `backing_file`.
+
+        Raises:
+            CommandError: It cannot be. Nothing has changed.
+            IoError: The image could not be written.
+        """
+        raise CommandError(f"Could not change backing file to '{name}': not supported")
+
     # --- permissions -----------------------------------------------------------------------
 
     def child_permissions(self, edge: Child, perm: int, shared: int) -> tuple[int, int]:

@@ -265,17 +265,47 @@ class Graph:
                 f"Nodes '{old.name}' and '{new.name}' have different sizes "
                 f"({old.size} and {new.size} bytes)"
             )
-        below_new = set(permissions.topological([new]))
         change = GraphChange()
         try:
-            for edge in list(old.parents):
-                if edge.parent in below_new or _stays_at_node(edge):
-                    continue
+            for edge in _edges_to_move(old, new):
                 change.repoint(edge, new)
             change.commit([old, new])
         except CommandError:
             change.undo()
             raise
+
+    def append(self, overlay: Node, node: Node) -> GraphChange:
+        """Put `node` behind `overlay`, and have all parents of `node` use the overlay.
+
+        Both must be drained by the caller. Edges that stay: see `insert_filter`.
+
+        Returns:
+            The change, for `take_back`.
+
+        Raises:
+            CommandError: A cycle, a frozen edge, or a conflict. The graph is unchanged.
+        """
+        change = GraphChange()
+        try:
+            moving = _edges_to_move(node, overlay)
+            edge = Child("backing", Role.COW, overlay, node, perm=0, shared=permissions.ALL)
+            change.attach(edge)
+            for moved in moving:
+                change.repoint(moved, overlay)
+            change.commit([node, overlay])
+        except CommandError:
+            change.undo()
+            raise
+        return change
+
+    def take_back(self, change: GraphChange, nodes: Sequence[Node]) -> None:
+        """Undo a change that was committed; `nodes` are still drained, as they were for it.
+
+        Raises:
+            CommandError: Somebody outside the program has taken a permission meanwhile.
+        """
+        change.undo()
+        permissions.refresh(nodes)
 
 
 class _Resizer:
@@ -475,6 +505,27 @@ def _check_unused(node: Node) -> None:
     if node.parents:
         user = node.parents[0].parent.describe_parent()
         raise InUse(f"Node '{node.name}' is busy: {user} uses it")
+
+
+def check_not_backing(node: Node) -> None:
+    """Check that the node is behind no overlay, which counts on what it is.
+
+    Raises:
+        InUse: It is.
+    """
+    for edge in node.parents:
+        if edge.role & Role.COW and isinstance(edge.parent, Node):
+            raise InUse(
+                f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'"
+            )
+
+
+def _edges_to_move(old: Node, new: Node) -> list[Child]:
+    """Return the edges of `old` that are to lead to `new` when that takes its place."""
+    below_new = set(permissions.topological([new]))
+    return [
+        edge for edge in old.parents if edge.parent not in below_new and not _stays_at_node(edge)
+    ]
 
 
 def _stays_at_node(edge: Child) -> bool:

@@ -98,10 +98,16 @@ class Node:
 
     def child(self, name: str) -> Child:
         """Return the child edge called `name`, which must exist."""
+        edge = self.find_child(name)
+        assert edge is not None, f"node '{self.name}' has no child '{name}'"
+        return edge
+
+    def find_child(self, name: str) -> Child | None:
+        """Return the child edge called `name`, or None."""
         for edge in self.children:
             if edge.name == name:
                 return edge
-        raise AssertionError(f"node '{self.name}' has no child '{name}'")
+        return None
 
     # --- as a parent (block.child.Parent) ----------------------------------------------------
 

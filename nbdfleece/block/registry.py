@@ -69,8 +69,8 @@ class NodeSpec:
         direct: Bypass the page cache.
         given: Names of the driver's own options that were given.
         driver_options: Every option of the driver that was given or has a default, by QMP name.
-        children: Inline nodes, or names of existing ones, by child name.
-        roles: Of the same children.
+        children: Inline nodes, names of existing ones, or None for no node, by child name.
+        roles: Of the same children, where there is a node.
         build: Makes the driver; may look things up in the graph, and raises CommandError.
         implied: Finds the children that the image itself names, when those given are there.
     """
@@ -82,7 +82,7 @@ class NodeSpec:
     direct: bool
     given: frozenset[str]
     driver_options: Mapping[str, object]
-    children: Mapping[str, NodeSpec | str]
+    children: Mapping[str, NodeSpec | str | None]
     roles: Mapping[str, Role]
     build: Build
     implied: Imply | None
@@ -120,8 +120,15 @@ def parse_node_options(options: Mapping[str, object], path: str = "") -> NodeSpe
     return _parse(Options(options, path, inherited))
 
 
-async def add_from_options(graph: Graph, options: Mapping[str, object]) -> Node:
+async def add_from_options(
+    graph: Graph, options: Mapping[str, object], *, needs_name: bool = True
+) -> Node:
     """Make a node and its inline children (blockdev-add).
+
+    Args:
+        graph: Where.
+        options: As given.
+        needs_name: Refuse options without `node-name`; else the node gets a private name.
 
     Returns:
         The node, which the monitor now owns.
@@ -132,7 +139,7 @@ async def add_from_options(graph: Graph, options: Mapping[str, object]) -> Node:
     Cancel: not cancelled.
     """
     spec = parse_node_options(options)
-    if spec.node_name is None:
+    if spec.node_name is None and needs_name:
         raise CommandError("'node-name' must be specified for the root node")
     made: list[Node] = []
     try:
@@ -158,6 +165,8 @@ async def _add(graph: Graph, spec: NodeSpec, made: list[Node], depth: int = 0) -
     """
     children: dict[str, tuple[Node, Role]] = {}
     for name, child in spec.children.items():
+        if child is None:
+            continue
         if isinstance(child, str):
             found = graph.get(child)
             if found is None:
@@ -240,7 +249,7 @@ class Options:
         self.direct = inherited.direct
         self.read_only = inherited.read_only
         self.taken: dict[str, object] = {}
-        self.children: dict[str, NodeSpec | str] = {}
+        self.children: dict[str, NodeSpec | str | None] = {}
         self.implied: Imply | None = None
         self.roles: dict[str, Role] = {}
 
@@ -366,6 +375,7 @@ class Options:
         if self._left.get(name, self) is not None:
             return False
         self._left.pop(name)
+        self.children[name] = None
         return True
 
     def finish(self) -> None:

@@ -16,7 +16,8 @@ Invariants
 
 What the options mean: an option that is left out goes back to its default; one that the driver
 cannot change must have its old value. A child is a name (the child is that node, as it is), or
-nested options (the child stays, and gets these), if it was made as a part of its parent.
+nested options (the child stays, and gets these), if it was made as a part of its parent. `backing`
+may be null (there is none from now on), and may be a name where there was none.
 
 Follows: QEMU block.c (bdrv_reopen_multiple, bdrv_reopen_parse_file_or_backing).
 """
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.block import permissions
-from nbdfleece.block.child import Role
+from nbdfleece.block.child import Child, Role
 from nbdfleece.block.drain import in_time, quiet
 from nbdfleece.block.driver import Reopening
 from nbdfleece.block.graph import GraphChange, above, check_bitmaps_idle
@@ -39,7 +40,6 @@ from nbdfleece.block.registry import NodeSpec, parse_node_options
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from nbdfleece.block.child import Child
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
 
@@ -52,11 +52,15 @@ class _Change:
         node: Which.
         spec: Its options from now on.
         moves: Its edges that lead to other nodes then.
+        gone: Its edges that are no more then.
+        new: Names of children that it has then, and has not now, with their nodes.
     """
 
     node: Node
     spec: NodeSpec
     moves: Mapping[Child, Node]
+    gone: Sequence[Child]
+    new: Mapping[str, Node]
 
     @property
     def to(self) -> Reopening:
@@ -96,7 +100,7 @@ async def _reopen(graph: Graph, specs: Sequence[NodeSpec]) -> None:
         changes = _plan(graph, specs)
         if reopened != [change.node for change in changes] or not _nodes(changes) <= nodes:
             raise CommandError("the nodes have been changed by somebody else meanwhile")
-        left = [edge.node for change in changes for edge in change.moves]
+        left = [edge.node for change in changes for edge in (*change.moves, *change.gone)]
         _apply(changes)
     for node in left:
         await graph.remove_if_left(node)
@@ -108,6 +112,7 @@ def _nodes(changes: Sequence[_Change]) -> set[Node]:
     for change in changes:
         for edge, node in change.moves.items():
             found |= {edge.node, node}
+        found |= {edge.node for edge in change.gone} | set(change.new.values())
     return found
 
 
@@ -134,10 +139,23 @@ def _plan(graph: Graph, specs: Sequence[NodeSpec]) -> list[_Change]:
 def _plan_node(graph: Graph, node: Node, spec: NodeSpec, found: dict[Node, _Change]) -> None:
     _check_options(node, spec)
     found.pop(node, None)
+    has_backing = node.backing is not None or bool(node.driver.backing_file())
+    if has_backing and "backing" not in spec.children:
+        raise CommandError(f"backing is missing for '{node.name}'")
     moves: dict[Child, Node] = {}
+    gone: list[Child] = []
+    new: dict[str, Node] = {}
     for name, child in spec.children.items():
-        edge = node.child(name)
-        if isinstance(child, str):
+        edge = node.find_child(name)
+        if edge is None:
+            if isinstance(child, str):
+                new[name] = graph.find(child)
+            elif child is not None:
+                raise CommandError(f"Cannot change the option '{name}.driver'")
+        elif child is None:
+            _check_may_move(node, edge)
+            gone.append(edge)
+        elif isinstance(child, str):
             wanted = graph.find(child)
             if wanted is not edge.node and wanted is not _looked_through(edge.node):
                 _check_may_move(node, edge)
@@ -149,7 +167,7 @@ def _plan_node(graph: Graph, node: Node, spec: NodeSpec, found: dict[Node, _Chan
         else:
             # What the child is called by was a name: it has options of its own.
             raise CommandError(f"Cannot change the option '{name}.driver'")
-    found[node] = _Change(node, spec, moves)
+    found[node] = _Change(node, spec, moves, gone, new)
 
 
 def _check_options(node: Node, spec: NodeSpec) -> None:
@@ -235,7 +253,7 @@ def _apply(changes: Sequence[_Change]) -> None:
     edges = GraphChange()
     applied: list[Node] = []
     try:
-        edges.repoint_all([move for change in changes for move in change.moves.items()])
+        _change_edges(edges, changes)
         for change in changes:
             for name, role in change.spec.roles.items():
                 if change.node.child(name).role != role:
@@ -260,6 +278,22 @@ def _apply(changes: Sequence[_Change]) -> None:
         raise _worded(error) from error
     for node in resized:
         node.resized(node.size)
+
+
+def _change_edges(edges: GraphChange, changes: Sequence[_Change]) -> None:
+    """Make all edges what they are to be. Only the graph at the end may have no cycle.
+
+    Raises:
+        CommandError: It has one, or an edge is frozen.
+    """
+    for change in changes:
+        for edge in change.gone:
+            edges.detach(edge)
+    edges.repoint_all([move for change in changes for move in change.moves.items()])
+    for change in changes:
+        for name, node in change.new.items():
+            role = change.spec.roles[name]
+            edges.attach(Child(name, role, change.node, node, perm=0, shared=permissions.ALL))
 
 
 def _set_spec(node: Node, spec: NodeSpec) -> None:

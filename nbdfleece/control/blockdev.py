@@ -141,3 +141,34 @@ OPTIONS: Final[Union] = Union(
     ),
     _DRIVERS,
 )
+
+# What QEMU has no way to make is declared without members, and refused by the command.
+CREATE: Final = Union(
+    "driver",
+    Struct(),
+    {
+        **dict.fromkeys(_DRIVERS, Struct()),
+        "file": Struct(
+            {"filename": String(), "size": _SIZE},
+            {
+                "preallocation": Enum(("off", "metadata", "falloc", "full")),
+                "nocow": Boolean(),
+                "extent-size-hint": _SIZE,
+            },
+        ),
+        "qcow2": Struct(
+            {"file": _REF, "size": _SIZE},
+            {
+                "version": Enum(("v2", "v3")),
+                "backing-file": String(),
+                "backing-fmt": Enum(tuple(_DRIVERS)),
+                "cluster-size": _SIZE,
+                "preallocation": Enum(("off", "metadata", "falloc", "full")),
+                "lazy-refcounts": Boolean(),
+                "extended-l2": Boolean(),
+                "refcount-bits": Integer(),
+                "compression-type": Enum(("zlib", "zstd")),
+            },
+        ),
+    },
+)

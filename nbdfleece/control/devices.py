@@ -16,6 +16,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import NotFound
+from nbdfleece.fleece.drive import drive
 
 if TYPE_CHECKING:
     from nbdfleece.block.node import Node
@@ -54,6 +55,22 @@ def served_disks(context: Context) -> list[Export]:
     return disks + [
         export for export in context.exports if export.options.writable and export not in disks
     ]
+
+
+def find_block(context: Context, device: str, node_name: str) -> Node:
+    """Return the node that a served disk `device` is, or the node of either name.
+
+    Raises:
+        NotFound: There is neither.
+    """
+    for export in served_disks(context):
+        top = drive(export)
+        if device and export.options.id == device and top is not None:
+            return top
+    node = context.graph.get(node_name)
+    if node is None:
+        raise NotFound(f"Cannot find device='{device}' nor node-name='{node_name}'")
+    return node
 
 
 def find_device(context: Context, name: str) -> Export | Node:

@@ -205,12 +205,14 @@ class JobOptions:
         speed: Bytes per second; 0: no limit.
         auto_finalize: It finishes by itself.
         auto_dismiss: It is forgotten when it has concluded.
+        on_blocks: It is a block job: it has events of its own, and `block-job-*` find it.
     """
 
     id: str
     speed: int = 0
     auto_finalize: bool = True
     auto_dismiss: bool = True
+    on_blocks: bool = True
 
 
 class Job:
@@ -318,7 +320,7 @@ class Job:
         self._abort_if_failed()
         await self._guarded(self.work.clean())
         self._abort_if_failed()
-        if not silent:
+        if not silent and self.options.on_blocks:
             done, total = self.work.progress()
             self._news.publish(
                 JobEnded(

@@ -20,6 +20,7 @@ from tests.support.qmp_conversation import (
     DEFECTS,
     JOB_STEPS,
     NOT_JSON,
+    OVERLAY_STEPS,
     RAW,
     RAW_WITH_OOB,
     STEPS,
@@ -233,6 +234,12 @@ def test_transactions_do_the_same_and_undo_the_same(pair: Pair) -> None:
     theirs, ours = _by_job(pair.theirs.events), _by_job(pair.ours.events)
     assert ours == theirs
     assert len(ours) > 40
+
+
+def test_overlays_and_new_images_are_made_alike(pair: Pair) -> None:
+    pair.negotiate()
+    _compare(pair, OVERLAY_STEPS)
+    assert _of_jobs(pair.theirs.events) == _of_jobs(pair.ours.events)
 
 
 @pytest.mark.parametrize("defect", DEFECTS + TRANSACTION_DEFECTS, ids=lambda defect: defect.title)

@@ -99,6 +99,30 @@ DIFFERENCES = (
         "the only way in QEMU to put a filter above a guest's disk",
     ),
     Difference(
+        "`blockdev-snapshot` and `-sync` with an overlay of another size than the node",
+        "taken; those who use the node find another size",
+        "refused",
+        "clients of an export know its size from when they connected",
+    ),
+    Difference(
+        "`blockdev-snapshot-sync`: the overlay",
+        "goes with the last user, and `blockdev-del` refuses it",
+        "belongs to the user, as a node of `blockdev-add`",
+        "whoever made it can take it away",
+    ),
+    Difference(
+        "`block_resize` of a node that is behind an overlay",
+        "`Device '(null)' is in use`",
+        "names the node and the overlay",
+        "that is no device",
+    ),
+    Difference(
+        "`blockdev-create` of a file that somebody writes or counts on",
+        "its content is gone, unless an image lock forbids it",
+        "the same; a file that could not be made is removed where there was none before",
+        "a half-made image is taken for an image",
+    ),
+    Difference(
         "`object-add` of `tls-creds-x509` and `tls-creds-psk` without `endpoint`",
         "makes credentials for a client",
         "`Parameter 'endpoint' is missing`",
@@ -378,6 +402,27 @@ STEPS = (
     Step("blockdev-reopen", {"options": [{"driver": "raw", "node-name": "r", "file": "r"}]}),
     Step("blockdev-reopen", {"options": [{"driver": "raw", "node-name": "r", "file": "s"}]}),
     Step("blockdev-reopen", {"options": [{"driver": "raw", "node-name": "r", "file": "a"}]}),
+    # overlays
+    Step("blockdev-snapshot", {"node": "nope", "overlay": "big"}),
+    Step("blockdev-snapshot", {"node": "", "overlay": "big"}),
+    Step("blockdev-snapshot", {"node": "a", "overlay": "nope"}),
+    Step("blockdev-snapshot", {"node": "r", "overlay": "s"}),
+    Step("blockdev-snapshot", {"node": "r", "overlay": "r"}),
+    *(
+        Step("blockdev-snapshot-sync", {"snapshot-file": "FOLDER/sync", **where})
+        for where in ({}, {"device": "nope"}, {"node-name": "nope"}, {"node-name": "a"})
+    ),
+    Step(
+        "blockdev-snapshot-sync",
+        {"snapshot-file": "FOLDER/sync", "node-name": "a", "snapshot-node-name": "big"},
+    ),
+    *(
+        Step(
+            "change-backing-file",
+            {"device": device, "image-node-name": image, "backing-file": "x"},
+        )
+        for device, image in (("nope", "a"), ("a", "nope"), ("r", "r"), ("a", "a"))
+    ),
     # transactions
     Step("transaction", {"actions": []}),
     Step("transaction", {"actions": [{"type": "abort", "data": {}}]}),
@@ -566,6 +611,71 @@ def _bitmap_backups() -> Iterator[Step]:
                 yield Step("blockdev-backup", {**_BACKUP, "sync": sync, "job-id": "m", **given})
                 yield Step(WAIT, {"id": "m", "status": None})
 
+
+_NEW = {"driver": "file", "filename": "FOLDER/new", "size": 0}
+
+
+def _create(**options: Json) -> tuple[Step, ...]:
+    """A job that makes an image, until it is forgotten."""
+    return (
+        Step("blockdev-create", {"job-id": "c", "options": options}),
+        Step(WAIT, {"id": "c", "status": "concluded"}),
+        Step("query-jobs"),
+        Step("query-block-jobs"),
+        Step("block-job-dismiss", {"id": "c"}),
+        Step("job-dismiss", {"id": "c"}),
+    )
+
+
+OVERLAY_STEPS = (
+    Step("blockdev-create", {"job-id": "c", "options": {"driver": "null-co"}}),
+    Step("blockdev-create", {"job-id": "c", "options": {"driver": "raw"}}),
+    Step("blockdev-create", {"job-id": "1c", "options": _NEW}),
+    *_create(**_NEW),
+    *_create(**{**_NEW, "filename": "/nope/new"}),
+    *_create(**{**_NEW, "size": _MIB, "preallocation": "metadata"}),
+    *_create(**{**_NEW, "size": 4097, "preallocation": "full"}),
+    *_create(driver="qcow2", file="nope", size=_MIB),
+    *_create(**_NEW),
+    Step("blockdev-add", {"driver": "file", "node-name": "f", "filename": "FOLDER/new"}),
+    *_create(driver="qcow2", file="f", size=_MIB),
+    Step("blockdev-add", _null("a", size=_MIB)),
+    Step("blockdev-add", _null("b", size=_MIB)),
+    Step("blockdev-add", {"driver": "qcow2", "node-name": "ov", "file": "f"}),
+    Step("blockdev-snapshot", {"node": "ov", "overlay": "ov"}),
+    Step("blockdev-snapshot", {"node": "a", "overlay": "ov"}),
+    Step("blockdev-snapshot", {"node": "a", "overlay": "ov"}),
+    Step("blockdev-snapshot", {"node": "b", "overlay": "ov"}),
+    Step("blockdev-snapshot", {"node": "a", "overlay": "b"}),
+    Step("blockdev-del", {"node-name": "a"}),
+    Step("blockdev-del", {"node-name": "f"}),
+    Step("block_resize", {"node-name": "a", "size": _MIB}, text=False),
+    *(
+        Step(
+            "change-backing-file",
+            {"device": device, "image-node-name": image, "backing-file": "x"},
+        )
+        for device, image in (("a", "ov"), ("b", "ov"), ("ov", "a"), ("ov", "ov"))
+    ),
+    *(
+        Step(
+            "blockdev-reopen",
+            {"options": [{"driver": "qcow2", "node-name": "ov", "file": "f", **backing}]},
+        )
+        for backing in (
+            {},
+            {"backing": "nope"},
+            {"backing": {"driver": "null-co"}},
+            {"backing": "ov"},
+            {"backing": "b"},
+            {"backing": None},
+            {},
+            {"backing": {"driver": "null-co"}},
+            {"backing": "a"},
+        )
+    ),
+    *(Step("blockdev-del", {"node-name": name}) for name in ("a", "ov", "a", "b", "f")),
+)
 
 JOB_STEPS = (
     Step("blockdev-add", _null("a", size=_MIB, **{"read-zeroes": True})),

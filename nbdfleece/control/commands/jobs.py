@@ -103,7 +103,7 @@ def _backup_options(arguments: Arguments) -> tuple[BackupOptions, JobOptions]:
 
 async def _query_block_jobs(context: Context, _arguments: Arguments) -> Json:
     """List the jobs on block nodes, the newest first."""
-    return [_block_job(job) for job in context.jobs]
+    return [_block_job(job) for job in context.jobs if job.options.on_blocks]
 
 
 def _block_job(job: Job) -> Json:
@@ -161,10 +161,10 @@ def _block_named(context: Context, arguments: Arguments) -> Job:
         JobNotActive: There is none.
     """
     name = arguments.string("id" if "id" in arguments else "device")
-    try:
-        return context.jobs.find(name)
-    except NotFound as error:
-        raise JobNotActive(f"Block job '{name}' not found") from error
+    for job in context.jobs:
+        if job.id == name and job.options.on_blocks:
+            return job
+    raise JobNotActive(f"Block job '{name}' not found")
 
 
 async def _cancel(context: Context, arguments: Arguments) -> Json:

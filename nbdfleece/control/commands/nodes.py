@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError, InUse, IoError, NotFound
 from nbdfleece.block import permissions
+from nbdfleece.block.graph import check_not_backing
 from nbdfleece.block.node import Node
 from nbdfleece.block.registry import add_from_options
 from nbdfleece.block.reopen import reopen
 from nbdfleece.control.blockdev import OPTIONS
 from nbdfleece.control.command import Command
 from nbdfleece.control.commands.throttle import export_stats, node_stats
-from nbdfleece.control.devices import device_path, served_disks
+from nbdfleece.control.devices import device_path, find_block, served_disks
 from nbdfleece.control.transaction import Action, ActionKind
 from nbdfleece.fleece.drive import drive
 from nbdfleece.fleece.io_limits import describe_limit, drop_unused_limits
@@ -74,6 +75,7 @@ async def _del(context: Context, arguments: Arguments) -> Json:
         if isinstance(edge.parent, Export):
             raise InUse(f"Node {node.name} is in use")
     context.jobs.check_not_busy(node)
+    check_not_backing(node)
     if not node.owned_by_monitor:
         raise CommandError(f"Node {node.name} is not owned by the monitor")
     if node.parents:
@@ -97,6 +99,7 @@ async def _resize(context: Context, arguments: Arguments) -> Json:
     if size < 0:
         raise CommandError("Parameter 'size' expects a >0 size")
     context.jobs.check_not_busy(node)
+    check_not_backing(node)
     await context.graph.resize(node, size)
     return {}
 
@@ -133,15 +136,7 @@ def _find(context: Context, name: str) -> Node:
 def _lookup(context: Context, arguments: Arguments) -> Node:
     """Return the node that `device` (a served disk) or `node-name` names."""
     device = arguments.optional_string("device") or ""
-    name = arguments.optional_string("node-name") or ""
-    for export in served_disks(context):
-        top = drive(export)
-        if device and export.options.id == device and top is not None:
-            return top
-    node = context.graph.get(name)
-    if node is None:
-        raise NotFound(f"Cannot find device='{device}' nor node-name='{name}'")
-    return node
+    return find_block(context, device, arguments.optional_string("node-name") or "")
 
 
 # --- nodes as they are ---------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError
 from nbdfleece.control.command import Command
-from nbdfleece.control.commands import bitmaps, fleece, jobs, nodes
+from nbdfleece.control.commands import bitmaps, fleece, jobs, nodes, overlays
 from nbdfleece.control.transaction import Action, ActionKind, Transaction
 from nbdfleece.protocol.qmp.schema import Arguments, Array, Enum, Struct, Union
 
@@ -38,6 +38,7 @@ ACTIONS: Final = {
         fleece.SNAPSHOT_CREATE,
         jobs.BACKUP,
         nodes.ADD,
+        *overlays.ACTIONS,
         *bitmaps.ACTIONS,
     )
 }

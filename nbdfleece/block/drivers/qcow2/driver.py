@@ -7,7 +7,7 @@ the image does not hold.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from nbdfleece.base.errors import CommandError, ImageError, IoError
@@ -25,6 +25,7 @@ from nbdfleece.datapath.step import background
 from nbdfleece.datapath.workers import Lane
 from nbdfleece.formats.qcow2 import compress
 from nbdfleece.formats.qcow2 import tables as t
+from nbdfleece.formats.qcow2.header import EXT_BACKING_FORMAT
 
 if TYPE_CHECKING:
     import asyncio
@@ -196,6 +197,26 @@ class Qcow2Driver(Driver):
         if not self.node.read_only:
             perm |= perms.WRITE | perms.RESIZE
         return perm, shared & ~(perms.WRITE | perms.RESIZE)
+
+    def can_have_backing(self) -> bool:
+        """Say yes, unless a raw data file holds the whole disk."""
+        return not self.image.header.is_data_file_raw
+
+    def backing_file(self) -> str:
+        """Return what the header names; see Driver.backing_file."""
+        return self.image.header.backing_file or ""
+
+    async def change_backing_file(self, name: str, driver: str) -> None:
+        """Write another name into the header; see Driver.change_backing_file."""
+        if self.node.read_only:
+            raise CommandError(f"Could not change backing file to '{name}': Image is read-only")
+        image = self.image
+        wanted = replace(image.header, backing_file=name or None)
+        wanted = wanted.with_extension(EXT_BACKING_FORMAT, driver.encode() if name else None)
+        try:
+            await image.write_header(wanted)
+        except ImageError as error:
+            raise CommandError(f"Could not change backing file to '{name}': {error}") from error
 
     # --- reading ---------------------------------------------------------------------------
 

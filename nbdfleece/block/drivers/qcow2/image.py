@@ -237,6 +237,18 @@ class Image:
         await self.file.flush()
         self.header = wanted
 
+    async def write_header(self, wanted: h.Header) -> None:
+        """Write all of the header, to stable storage; nothing is in flight.
+
+        Raises:
+            ImageError: It is longer than its cluster. Nothing has changed.
+            IoError: It could not be written.
+        """
+        data = h.encode_header(wanted)
+        await self.write_file(0, data + bytes(self.header.cluster_size - len(data)))
+        await self.file.flush()
+        self.header = wanted
+
     async def settle_all(self) -> None:
         """Write out everything, refcounts too, and clear the dirty bit. Nothing is in flight."""
         if not self.is_changing:
