@@ -314,6 +314,10 @@ class Driver(ABC):
         """Tell whether requests bypass the page cache, as far as the options say so."""
         return self.node.spec is not None and self.node.spec.direct
 
+    def image_info(self) -> dict[str, object]:
+        """Return what else QMP shows of the image (members of ImageInfo)."""
+        return {}
+
     def image_name(self) -> str:
         """Return what QMP shows as the image's file name: of a filter, that of its child."""
         edge = self.node.file

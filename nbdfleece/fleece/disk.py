@@ -13,11 +13,13 @@ from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.host_device import HostDeviceDriver
 from nbdfleece.block.drivers.locks import Locking
 from nbdfleece.block.drivers.nbd.driver import NbdDriver
+from nbdfleece.block.registry import add_from_options
 from nbdfleece.fleece.io_limits import below_limit
 
 if TYPE_CHECKING:
     from nbdfleece.block.bitmap_files import DiskBitmaps
     from nbdfleece.block.driver import Driver
+    from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
     from nbdfleece.fleece.location import Location
     from nbdfleece.fleece.snapshot import Snapshot
@@ -48,7 +50,7 @@ class Disk:
 
     Attributes:
         location: Where it is and how it was asked for.
-        node: The node of the file or device, at the bottom.
+        node: The node of the file or device, or of the image in it: what the guest's disk is.
         export: The live export, at the top.
         kept: Where its persistent bitmaps are.
         snapshots: By name, oldest first.
@@ -153,6 +155,39 @@ def make_driver(location: Location, *, is_device: bool) -> Driver:
         cache_direct=location.direct,
         new_and_sparse=False,
     )
+
+
+async def add_node(graph: Graph, name: str | None, location: Location, *, is_device: bool) -> Node:
+    """Open a disk; return its node, which takes those below it along when it goes.
+
+    Raises:
+        CommandError: It cannot be opened. Nothing is left of it.
+    """
+    bottom = await graph.add(
+        None if location.is_qcow2 else name,
+        make_driver(location, is_device=is_device),
+        read_only=location.read_only,
+        discard_enabled=location.discard,
+    )
+    if not location.is_qcow2:
+        return bottom
+    options: dict[str, object] = {
+        "driver": "qcow2",
+        "file": bottom.name,
+        "read-only": location.read_only,
+        "discard": "unmap" if location.discard else "ignore",
+        "cache": {"direct": location.direct},
+    }
+    if name is not None:
+        options["node-name"] = name
+    try:
+        node = await add_from_options(graph, options, needs_name=False)
+    except BaseException:
+        await graph.remove(bottom)
+        raise
+    node.owned_by_monitor = False
+    bottom.goes_with_parent = True
+    return node
 
 
 def identity(location: Location, size: int, *, is_stopped: bool) -> dict[str, Value]:

@@ -23,7 +23,7 @@ from nbdfleece.block.drain import in_time, quiet
 from nbdfleece.block.graph import above
 from nbdfleece.block.node import Node
 from nbdfleece.fleece.change import remove_export
-from nbdfleece.fleece.disk import Disk, identity, last_change, make_driver
+from nbdfleece.fleece.disk import Disk, add_node, identity, last_change
 from nbdfleece.fleece.drive import set_drive
 from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotNotFound
 from nbdfleece.fleece.io_limits import drop_unused_limits
@@ -152,11 +152,8 @@ class Fleece:
             if location.disk in self._disks:
                 raise NameTaken(f"there is a disk '{location.disk}' already")
             is_device = await asyncio.to_thread(is_block_device, location)
-            node = await self._graph.add(
-                self._node_name(location.disk),
-                make_driver(location, is_device=is_device),
-                read_only=location.read_only,
-                discard_enabled=location.discard,
+            node = await add_node(
+                self._graph, self._node_name(location.disk), location, is_device=is_device
             )
             try:
                 _check_size(location, node.size)

@@ -17,7 +17,7 @@ from nbdfleece.base.errors import CommandError, ConfigError
 from nbdfleece.base.limits import MAX_DISK_NAME
 from nbdfleece.base.units import parse_duration
 from nbdfleece.block.drivers.nbd.uri import is_nbd_uri, parse_nbd_uri
-from nbdfleece.fleece.errors import LocationNotFound, NotBuilt
+from nbdfleece.fleece.errors import LocationNotFound
 
 if TYPE_CHECKING:
     from nbdfleece.block.drivers.nbd.target import Target
@@ -62,7 +62,8 @@ class Location:
     Attributes:
         disk: Its name.
         path: Where it is; absolute, or an NBD URI.
-        format_given: `format=raw` was said, so its first bytes do not matter.
+        format_given: `format` was said, so its first bytes do not matter.
+        is_qcow2: It was qcow2: the disk is what the image holds.
         read_only: Nobody may write.
         discard: Discards reach the file (`discard=unmap`).
         direct: The page cache is not used (`cache=none`).
@@ -75,6 +76,7 @@ class Location:
     disk: str
     path: str
     format_given: bool = False
+    is_qcow2: bool = False
     read_only: bool = False
     discard: bool = True
     direct: bool = False
@@ -109,7 +111,6 @@ def parse_location(text: str) -> Location:
 
     Raises:
         ConfigError: The argument is malformed.
-        NotBuilt: It asks for what is not there yet.
     """
     first, *rest = _split_commas(text)
     before, equals, after = first.partition("=")
@@ -130,7 +131,6 @@ def make_location(name: str | None, path: str, options: dict[str, str]) -> Locat
 
     Raises:
         ConfigError: A part is wrong.
-        NotBuilt: It asks for what is not there yet.
     """
     if not path:
         raise ConfigError(f"disk '{name or ''}': no location is given")
@@ -145,12 +145,11 @@ def make_location(name: str | None, path: str, options: dict[str, str]) -> Locat
     check_disk_name(name)
     for key, value in options.items():
         _check_option(name, key, value, is_remote=remote is not None)
-    if options.get("format") == "qcow2":
-        raise NotBuilt(f"disk '{name}': format=qcow2 is not built yet")
     return Location(
         disk=name,
         path=os.path.abspath(path) if remote is None else path,
         format_given="format" in options,
+        is_qcow2=options.get("format") == "qcow2",
         read_only=_SWITCHES[options.get("read-only", "off")],
         discard=options.get("discard", "unmap") == "unmap",
         direct=options.get("cache", "writeback") == "none",
@@ -202,9 +201,10 @@ def check_is_raw(location: Location, start: bytes) -> None:
         return
     for offset, magic, name in _IMAGE_FORMATS:
         if start[offset : offset + len(magic)] == magic:
+            other = "; to serve the disk in it, format=qcow2" if name == "qcow2" else ""
             raise CommandError(
                 f"disk '{location.disk}': '{location.path}' looks like a {name} image; "
-                "to serve its bytes as they are, say format=raw"
+                f"to serve its bytes as they are, say format=raw{other}"
             )
 
 

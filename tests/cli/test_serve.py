@@ -161,7 +161,7 @@ def test_a_state_file_of_another_version_is_named(short_tmp: Path, disk: Path) -
         (["nowhere.raw"], 5, "No such file"),
         (["9=DISK"], 2, "cannot be the name of a disk"),
         (["a b=DISK"], 2, "cannot be the name of a disk"),
-        (["vda=DISK,format=qcow2"], 1, "not built yet"),
+        (["vda=DISK,format=qcow2"], 1, "not in qcow2 format"),
         (["vda=DISK,colour=red"], 2, "unknown key 'colour'"),
         (["vda=DISK,read-only=maybe"], 2, "none of on, off"),
         (["vda=nbd://127.0.0.1:1/x"], 1, "127.0.0.1:1"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.base.errors import CommandError, ConfigError
-from nbdfleece.fleece.errors import LocationNotFound, NotBuilt
+from nbdfleece.fleece.errors import LocationNotFound
 from nbdfleece.fleece.location import check_snapshot_name, is_block_device, parse_location
 
 
@@ -57,9 +57,10 @@ def test_mistakes(text: str) -> None:
         parse_location(text)
 
 
-def test_what_is_not_built() -> None:
-    with pytest.raises(NotBuilt):
-        parse_location("vda=/x,format=qcow2")
+def test_an_image_is_opened_as_what_the_user_says_it_is() -> None:
+    assert parse_location("vda=/x,format=qcow2").is_qcow2
+    assert not parse_location("vda=/x,format=raw").is_qcow2
+    assert not parse_location("vda=/x").is_qcow2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ disk (control.devices): what a program written for a virtual machine takes for o
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from nbdfleece.base.errors import CommandError, InUse, IoError, NotFound
 from nbdfleece.block import permissions
@@ -198,7 +198,7 @@ def _image(node: Node) -> dict[str, Json]:
     }
     if _has_info(node):
         about["dirty-flag"] = False
-    return about
+    return about | cast("dict[str, Json]", node.driver.image_info())
 
 
 def _has_info(node: Node) -> bool:

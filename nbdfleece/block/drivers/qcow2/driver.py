@@ -24,6 +24,7 @@ from nbdfleece.block.drivers.qcow2.writer import Writer
 from nbdfleece.datapath.step import background
 from nbdfleece.datapath.workers import Lane
 from nbdfleece.formats.qcow2 import compress
+from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2 import tables as t
 from nbdfleece.formats.qcow2.header import EXT_BACKING_FORMAT
 
@@ -466,6 +467,27 @@ class Qcow2Driver(Driver):
         """See Driver.cluster_size."""
         return self.image.geometry.cluster_size
 
+    def image_name(self) -> str:
+        """Return the name of the image's file, unless its children were told otherwise."""
+        spec, edge = self.node.spec, self.node.file
+        if spec is not None and spec.children.keys() - {"file"}:
+            return super().image_name()
+        return super().image_name() if edge is None else edge.node.driver.image_name()
+
+    def image_info(self) -> dict[str, object]:
+        """See Driver.image_info."""
+        header = self.image.header
+        about: dict[str, object] = {"cluster-size": header.cluster_size}
+        if header.backing_file is not None:
+            about["backing-filename"] = header.backing_file
+            if self.node.backing is not None:
+                about["full-backing-filename"] = self.node.backing.node.driver.image_name()
+            if header.backing_format is not None:
+                about["backing-filename-format"] = header.backing_format
+        about["dirty-flag"] = bool(header.incompatible & h.DIRTY)
+        about["format-specific"] = {"type": "qcow2", "data": _format_specific(header)}
+        return about
+
     async def allocated_size(self) -> int | None:
         """Return what the image's file takes; see Driver.allocated_size."""
         return await self.image.file.driver.allocated_size()
@@ -478,6 +500,28 @@ async def _read_padded(node: Node, offset: int, view: memoryview) -> None:
         view[inside:] = bytes(len(view) - inside)
     if inside:
         await node.read(offset, view[:inside])
+
+
+def _format_specific(header: h.Header) -> dict[str, object]:
+    """Return what QEMU calls ImageInfoSpecificQCow2."""
+    compression = h.COMPRESSION_NAMES[header.compression_type]
+    if header.version == 2:
+        return {
+            "compat": "0.10",
+            "compression-type": compression,
+            "refcount-bits": header.refcount_bits,
+        }
+    data: dict[str, object] = {
+        "compat": "1.1",
+        "compression-type": compression,
+        "lazy-refcounts": bool(header.compatible & h.LAZY_REFCOUNTS),
+        "refcount-bits": header.refcount_bits,
+        "corrupt": bool(header.incompatible & h.CORRUPT),
+        "extended-l2": header.has_extended_l2,
+    }
+    if header.has_data_file:
+        data |= {"data-file": header.data_file_name, "data-file-raw": header.is_data_file_raw}
+    return data
 
 
 def _optional_bool(value: object) -> bool | None:
