@@ -30,7 +30,7 @@ from nbdfleece.base.limits import (
 from nbdfleece.base.units import align_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
 _U64: Final = struct.Struct(">Q")
@@ -39,6 +39,10 @@ _NO_COUNT: Final = (1 << 64) - 1  # of an instruction count that was not recorde
 
 _FIELDS: Final = 3  # of the extra data
 EXTRA_V3: Final = 16  # bytes of extra data that images of version 3 must have
+
+
+class TableEndsError(ImageError):
+    """The table goes on behind the bytes that there are of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +82,17 @@ class Snapshot:
         return replace(self, l1_offset=l1_offset, l1_entries=l1_entries)
 
 
-def read_table(read: Callable[[int, int], bytes], count: int, cluster_size: int) -> list[Snapshot]:
-    """Return the entries of a table, however it can be got at.
+def parse_table(data: bytes, count: int, cluster_size: int) -> list[Snapshot]:
+    """Return the entries of a table.
 
     Args:
-        read: Returns the bytes of a range (offset, length) of the table; fewer where it ends.
+        data: From its start on. Bytes behind it are not looked at, and its last few may be missing,
+            as they only fill it up.
         count: Entries that the header tells of.
         cluster_size: Of the image.
 
     Raises:
+        TableEndsError: There are not enough bytes.
         ImageError: The table breaks the format or a bound; the text says which entry.
     """
     if count > MAX_QCOW2_SNAPSHOTS:
@@ -94,30 +100,22 @@ def read_table(read: Callable[[int, int], bytes], count: int, cluster_size: int)
     found: list[Snapshot] = []
     offset = 0
     for index in range(count):
-        fixed = read(offset, _ENTRY.size)
-        length = entry_length(fixed, index)
+        fixed = data[offset : offset + _ENTRY.size]
+        length = _entry_length(fixed, index)
         if offset + length > MAX_QCOW2_SNAPSHOT_TABLE:
             raise ImageError(f"Snapshot table is too long (at entry {index})")
-        found.append(_parse_entry(fixed, read(offset + len(fixed), length - len(fixed)), index))
+        rest = data[offset + len(fixed) : offset + length]
+        found.append(_parse_entry(fixed, rest, index))
         if found[-1].l1_offset % cluster_size:
             raise ImageError(f"Snapshot table entry {index}: L1 table is not aligned")
         offset += length
     return found
 
 
-def parse_table(data: bytes, count: int, cluster_size: int) -> list[Snapshot]:
-    """As `read_table`, of a table that is in memory whole; bytes behind it are not looked at."""
-    return read_table(lambda at, length: data[at : at + length], count, cluster_size)
-
-
-def entry_length(fixed: bytes, index: int) -> int:
-    """Return how many bytes an entry takes, from its first 40.
-
-    Raises:
-        ImageError: These are fewer, or it would be longer than the bounds allow.
-    """
+def _entry_length(fixed: bytes, index: int) -> int:
+    """Return how many bytes an entry takes, from its first 40."""
     if len(fixed) < _ENTRY.size:
-        raise ImageError(f"Snapshot table ends within entry {index}")
+        raise TableEndsError(f"Snapshot table ends within entry {index}")
     id_length, name_length, extra = struct.unpack_from(">HH20xI", fixed, 12)
     if extra > MAX_QCOW2_SNAPSHOT_EXTRA:
         raise ImageError(f"Snapshot table entry {index} has too much extra data ({extra} bytes)")
@@ -131,7 +129,7 @@ def _parse_entry(fixed: bytes, rest: bytes, index: int) -> Snapshot:
     if l1_entries * 8 > MAX_QCOW2_L1:
         raise ImageError(f"Snapshot table entry {index}: L1 table is too large")
     if len(rest) < extra_length + id_length + name_length:
-        raise ImageError(f"Snapshot table ends within entry {index}")
+        raise TableEndsError(f"Snapshot table ends within entry {index}")
     extra, texts = rest[:extra_length], rest[extra_length:]
     known: list[int | None] = [
         _U64.unpack_from(extra, at)[0] if len(extra) >= at + 8 else None for at in (0, 8, 16)
