@@ -28,6 +28,7 @@ from nbdfleece.block.child import Child, Role
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nbdfleece.block.internal_snapshots import InternalSnapshots, PointInTime
     from nbdfleece.block.node import Node
     from nbdfleece.datapath.fileio import FileIo
     from nbdfleece.datapath.route import EarlyReply
@@ -292,6 +293,18 @@ class Driver(ABC):
     def has_point_in_time(self) -> bool:
         """Tell whether the snapshot verbs work here."""
         return False
+
+    def internal_snapshots(self) -> InternalSnapshots | None:
+        """Return the snapshots that are kept in the node's image; None: it cannot have any."""
+        return None
+
+    async def open_snapshot(self, wanted: str) -> PointInTime:
+        """Return an internal snapshot, by id or name, to be read until it is closed.
+
+        Raises:
+            CommandError: There is no such snapshot, or it cannot be read.
+        """
+        raise CommandError(f"Node '{self.node.name}' cannot have internal snapshots")
 
     # --- facts -----------------------------------------------------------------------------
 

@@ -645,7 +645,8 @@ def _qcow2(options: Options) -> Build:
 
 def _snapshot_access(options: Options) -> Build:
     options.child("file", Role.DATA | Role.PRIMARY)
-    return lambda _graph: SnapshotAccess()
+    snapshot = options.string("snapshot")
+    return lambda _graph: SnapshotAccess(snapshot)
 
 
 def _throttle(options: Options) -> Build:

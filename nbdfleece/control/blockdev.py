@@ -121,7 +121,7 @@ _DRIVERS: Final = {
         },
     ),
     "raw": Struct(_FILE, {"offset": _BYTES, "size": _BYTES}),
-    "snapshot-access": Struct(_FILE),
+    "snapshot-access": Struct(_FILE, {"snapshot": String()}),
     "throttle": Struct({"throttle-group": String(), **_FILE}),
 }
 

@@ -303,3 +303,59 @@ def test_both_answer_alike(client: Client, reference: Client, tmp_path: Path) ->
         theirs = comparable(reference(command, **same))
         expected = json.loads(json.dumps(theirs).replace(str(theirs_in), str(ours_in)))
         assert shown(ours) == shown(expected), f"{command} {arguments}"
+
+
+# --- internal snapshots --------------------------------------------------------------------------
+
+
+def internal_snapshots(folder: Path) -> Iterator[tuple[str, dict[str, Json]]]:
+    """Commands about internal snapshots, good ones and bad ones."""
+    image = {"driver": "file", "filename": str(folder / "image.qcow2")}
+    yield "blockdev-add", {"driver": "qcow2", "node_name": "q", "file": image}
+    yield "blockdev-snapshot-internal-sync", {"device": "q", "name": "one"}
+    yield "blockdev-snapshot-internal-sync", {"device": "q", "name": "one"}
+    yield "blockdev-snapshot-internal-sync", {"device": "q", "name": ""}
+    yield "blockdev-snapshot-internal-sync", {"device": "nobody", "name": "x"}
+    yield "blockdev-snapshot-internal-sync", {"device": "q"}
+    two = {"type": "blockdev-snapshot-internal-sync", "data": {"device": "q", "name": "two"}}
+    yield "transaction", {"actions": [two, {"type": "abort", "data": {}}]}
+    yield "transaction", {"actions": [two]}
+    yield "query-named-block-nodes", {"flat": True}
+    yield "blockdev-snapshot-delete-internal-sync", {"device": "q"}
+    yield "blockdev-snapshot-delete-internal-sync", {"device": "q", "name": "x"}
+    yield "blockdev-snapshot-delete-internal-sync", {"device": "q", "id": "1", "name": "x"}
+    yield "blockdev-snapshot-delete-internal-sync", {"device": "q", "id": "9"}
+    yield "blockdev-snapshot-delete-internal-sync", {"device": "q", "id": "1", "name": "one"}
+    yield "blockdev-snapshot-delete-internal-sync", {"device": "q", "name": "two"}
+    yield "blockdev-snapshot-delete-internal-sync", {"device": "q", "name": "two"}
+    yield "blockdev-del", {"node_name": "q"}
+
+
+def of_snapshots(answer: Json) -> Json:
+    """What is the same whoever answers."""
+    if isinstance(answer, list):
+        found = next(row for row in answer if row["node-name"] == "q")
+        return [of_snapshots(each) for each in found["image"]["snapshots"]]
+    if isinstance(answer, dict):
+        clocks = ("date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec")
+        return {key: value for key, value in answer.items() if key not in clocks}
+    return answer
+
+
+@pytest.mark.interop("qemu-img", "qemu-storage-daemon")
+def test_internal_snapshots_are_as_the_reference_has_them(
+    client: Client, reference: Client, short_tmp: Path, program: Callable[[str], str]
+) -> None:
+    answers: list[list[Json]] = []
+    for name, whom in (("ours", client), ("theirs", reference)):
+        folder = short_tmp / name
+        folder.mkdir()
+        image = str(folder / "image.qcow2")
+        subprocess.run([program("qemu-img"), "create", "-qf", "qcow2", image, "1M"], check=True)
+        answers.append(
+            [of_snapshots(whom(verb, **rest)) for verb, rest in internal_snapshots(folder)]
+        )
+        listed = [program("qemu-img"), "snapshot", "-l", image]
+        assert subprocess.run(listed, check=True, capture_output=True).stdout == b""
+    assert answers[0] == answers[1]
+    assert [each["name"] for each in answers[0][8]] == ["one", "two"]

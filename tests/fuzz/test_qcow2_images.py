@@ -197,7 +197,7 @@ async def test_damaged_images_are_refused_or_read_as_their_tables_say(
             raise
     print(outcomes)
     assert outcomes["refused"]
-    assert outcomes["read"]
+    assert outcomes["read"] + outcomes["partly read"]
 
 
 @pytest.mark.deadline(600)

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
     from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.child import Child
+    from nbdfleece.block.internal_snapshots import SnapshotInfo
     from nbdfleece.control.command import Context
     from nbdfleece.protocol.qmp.schema import Arguments
     from nbdfleece.protocol.qmp.values import Json
 
 _NOTHING: Final = Struct()
+_SECOND_NS: Final = 10**9
 _UINT64: Final = Integer(0, (1 << 64) - 1, "uint64")
 # Drivers of whose images QEMU knows nothing more than the size.
 _NO_INFO: Final = frozenset({"nbd", "null-co", "snapshot-access"})
@@ -198,7 +200,25 @@ def _image(node: Node) -> dict[str, Json]:
     }
     if _has_info(node):
         about["dirty-flag"] = False
+    snapshots = node.driver.internal_snapshots()
+    if snapshots is not None and snapshots.all():
+        about["snapshots"] = [describe_snapshot(each) for each in snapshots.all()]
     return about | cast("dict[str, Json]", node.driver.image_info())
+
+
+def describe_snapshot(snapshot: SnapshotInfo) -> Mapping[str, Json]:
+    """Return what QEMU calls SnapshotInfo."""
+    about: dict[str, Json] = {"id": snapshot.id, "name": snapshot.name}
+    about |= {
+        "vm-state-size": snapshot.state_size,
+        "date-sec": snapshot.date_s,
+        "date-nsec": snapshot.date_ns,
+        "vm-clock-sec": snapshot.clock_ns // _SECOND_NS,
+        "vm-clock-nsec": snapshot.clock_ns % _SECOND_NS,
+    }
+    if snapshot.instructions is not None:
+        about["icount"] = snapshot.instructions
+    return about
 
 
 def _has_info(node: Node) -> bool:

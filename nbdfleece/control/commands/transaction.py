@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError
 from nbdfleece.control.command import Command
-from nbdfleece.control.commands import bitmaps, fleece, jobs, nodes, overlays
+from nbdfleece.control.commands import (
+    bitmaps,
+    fleece,
+    internal_snapshots,
+    jobs,
+    nodes,
+    overlays,
+)
 from nbdfleece.control.transaction import Action, ActionKind, Transaction
 from nbdfleece.protocol.qmp.schema import Arguments, Array, Enum, Struct, Union
 
@@ -39,6 +46,7 @@ ACTIONS: Final = {
         jobs.BACKUP,
         nodes.ADD,
         *overlays.ACTIONS,
+        internal_snapshots.CREATE,
         *bitmaps.ACTIONS,
     )
 }

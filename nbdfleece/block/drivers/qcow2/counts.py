@@ -20,7 +20,7 @@ from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from nbdfleece.base.errors import ImageError, IoError
+from nbdfleece.base.errors import CommandError, ImageError, IoError
 from nbdfleece.base.limits import MAX_QCOW2_REFCOUNT_TABLE
 from nbdfleece.base.units import ceil_div
 from nbdfleece.formats.qcow2 import refcounts
@@ -237,6 +237,33 @@ class RefcountCache:
             else:
                 found += [(first + n, 1) for n, value in enumerate(counts) if value == 1]
         return found
+
+    async def increase(self, cluster: int, count: int) -> None:
+        """Raise counts of clusters in use by one.
+
+        Raises:
+            CommandError: One would be too large for its width. Nothing has changed.
+            IoError: One is 0: the refcounts are damaged. Nothing has changed.
+        """
+        parts = self._parts(cluster, count)
+        for number, at, part in parts:
+            is_there = number < len(self.table) and self.table[number]
+            counts = (await self._get(number)).counts[at : at + part] if is_there else [0]
+            if min(counts) == 0:
+                raise self._image.damaged(
+                    ImageError(f"clusters at {cluster << self._bits:#x} are used and called free")
+                )
+            if max(counts) == self.largest:
+                raise CommandError(f"a refcount would be larger than {self.largest}")
+        for number, at, part in parts:
+            block = await self._get(number)
+            counts = block.counts[at : at + part]
+            if counts == refcounts.ones(part, self._order):
+                block.counts[at : at + part] = refcounts.from_numbers([2], 1, self._order) * part
+            else:
+                for n, value in enumerate(counts, start=at):
+                    block.counts[n] = value + 1
+            self._mark(block, at, part)
 
     async def decrease(self, cluster: int, count: int) -> None:
         """Lower counts by one; what reaches zero may be allocated at once."""

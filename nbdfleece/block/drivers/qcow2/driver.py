@@ -20,6 +20,8 @@ from nbdfleece.block.drivers.qcow2 import opening, resize
 from nbdfleece.block.drivers.qcow2.commit import all_of, ended
 from nbdfleece.block.drivers.qcow2.counts import OTHER, REQUEST, SNAPSHOT
 from nbdfleece.block.drivers.qcow2.image import CacheSizes, Image
+from nbdfleece.block.drivers.qcow2.reader import SnapshotReader, open_reader
+from nbdfleece.block.drivers.qcow2.snapshots import Snapshots
 from nbdfleece.block.drivers.qcow2.writer import Writer
 from nbdfleece.datapath.step import background
 from nbdfleece.datapath.workers import Lane
@@ -100,6 +102,7 @@ class Qcow2Driver(Driver):
         self._before = options
         self._image: Image | None = None
         self._writer: Writer | None = None
+        self._snapshots: Snapshots | None = None
         self._decompress: compress.Decompress | None = None
         self._decompressing: Lane | None = None
 
@@ -122,6 +125,8 @@ class Qcow2Driver(Driver):
             self._take_over(options)
             self._writer = Writer(image, self.read, self.reads_zero)
             self.node.size = image.header.size
+            self._snapshots = Snapshots(image)
+            await self._snapshots.load()
             if not self.node.read_only:
                 await opening.make_writable(image)
         except ImageError as error:
@@ -358,6 +363,26 @@ class Qcow2Driver(Driver):
             del image.decompressed[next(iter(image.decompressed))]
         image.decompressed[entry] = cluster
         return cluster
+
+    # --- points in time ----------------------------------------------------------------------
+
+    def internal_snapshots(self) -> Snapshots:
+        """See Driver.internal_snapshots."""
+        assert self._snapshots is not None, f"node '{self.node.name}' is open"
+        return self._snapshots
+
+    async def open_snapshot(self, wanted: str) -> SnapshotReader:
+        """See Driver.open_snapshot."""
+        snapshots = self.internal_snapshots()
+        snapshot = snapshots.find(wanted)
+        snapshots.hold(snapshot)
+        try:
+            return await open_reader(
+                self.image, snapshots, snapshot, self._read_run, self._backing_status
+            )
+        except BaseException:
+            snapshots.release(snapshot)
+            raise
 
     # --- status ----------------------------------------------------------------------------
 
