@@ -32,7 +32,11 @@ from tests.support.qmp_conversation import (
     Step,
     same_refusal,
 )
-from tests.support.qmp_transactions import TRANSACTION_DEFECTS, TRANSACTION_STEPS
+from tests.support.qmp_transactions import (
+    SNAPSHOT_TRANSACTION_STEPS,
+    TRANSACTION_DEFECTS,
+    TRANSACTION_STEPS,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.interop("qemu-storage-daemon")]
 
@@ -226,6 +230,12 @@ def test_jobs_go_through_the_same_states(pair: Pair) -> None:
         pytest.skip("blockdev-backup is not there")
     _compare(pair, JOB_STEPS)
     assert _of_jobs(pair.theirs.events) == _of_jobs(pair.ours.events)
+
+
+def test_snapshots_in_transactions_do_the_same(pair: Pair) -> None:
+    pair.negotiate()
+    _compare(pair, SNAPSHOT_TRANSACTION_STEPS)
+    assert _by_job(pair.theirs.events) == _by_job(pair.ours.events)
 
 
 def test_transactions_do_the_same_and_undo_the_same(pair: Pair) -> None:

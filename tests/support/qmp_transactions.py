@@ -87,6 +87,71 @@ _WRONG_BITMAPS = (
     _bitmap("merge", name="nope", bitmaps=["nope"]),
 )
 
+
+def _image(name: str) -> tuple[Step, ...]:
+    """A new image without content, and its node."""
+    file = f"FOLDER/{name}"
+    jobs = (
+        {"driver": "file", "filename": file, "size": 0},
+        {"driver": "qcow2", "file": f"{name}-file", "size": _MIB},
+    )
+    node = {"driver": "file", "node-name": f"{name}-file", "filename": file}
+    made: list[Step] = []
+    for options in jobs:
+        made += [
+            Step("blockdev-create", {"job-id": "c", "options": options}),
+            *_until("concluded", "c"),
+            _job("dismiss", "c"),
+        ]
+    made.insert(3, Step("blockdev-add", node))
+    overlay = {"driver": "qcow2", "node-name": name, "file": f"{name}-file"}
+    return (*made, Step("blockdev-add", overlay))
+
+
+def _snapshot(node: str, overlay: str) -> Json:
+    return {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}}
+
+
+_SYNC = {
+    "type": "blockdev-snapshot-sync",
+    "data": {"node-name": "a", "snapshot-file": "FOLDER/sync", "snapshot-node-name": "sync"},
+}
+_GRAPH = Step("x-debug-query-block-graph", ignore=("id", "parent", "child", "perm", "shared-perm"))
+
+SNAPSHOT_TRANSACTION_STEPS = (
+    *(_null(name) for name in "abt"),
+    *_image("o"),
+    *_image("p"),
+    *(
+        _run(_snapshot(node, overlay))
+        for node, overlay in (("nope", "o"), ("a", "nope"), ("a", "b"), ("a", "a"))
+    ),
+    _grouped(_snapshot("a", "o")),
+    _grouped(_SYNC),
+    _run({**_SYNC, "data": {**_SYNC["data"], "snapshot-node-name": "b"}}),
+    _GRAPH,
+    # undone
+    _run(_snapshot("a", "o"), ABORT),
+    _run(_snapshot("a", "o"), _snapshot("b", "o")),
+    _run(_snapshot("a", "o"), _snapshot("b", "p"), _bitmap("add", node="nope")),
+    _run(_snapshot("a", "o"), _bitmap("add", node="o"), _backup("sa", device="o"), ABORT),
+    _run(_backup("sb", device="b"), _snapshot("a", "o"), ABORT),
+    _GRAPH,
+    # done: later actions see the overlay (T-B19)
+    _run(
+        _bitmap("add"),
+        _snapshot("a", "o"),
+        _bitmap("add", node="o"),
+        _bitmap("merge", node="o", bitmaps=[{"node": "a", "name": "b"}]),
+        _bitmap("remove"),
+    ),
+    _run(_snapshot("b", "p"), _backup("sc", device="p", sync="top")),
+    *_gone("sc"),
+    _GRAPH,
+    *(Step("blockdev-del", {"node-name": name}) for name in ("a", "o", "p", "a", "b", "t")),
+    *(Step("blockdev-del", {"node-name": f"{name}-file"}) for name in "op"),
+)
+
 TRANSACTION_STEPS = (
     *(_null(name) for name in "abctu"),
     _null("small", 4096),
