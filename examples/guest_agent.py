@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Freezes or thaws the file systems of a qemu guest, through the guest agent in it.
+r"""Freezes or thaws the file systems of a qemu guest, through the guest agent in it.
 
     guest_agent.py SOCKET freeze|thaw|status
 
@@ -8,9 +8,14 @@ SOCKET is the unix socket of the agent's channel: of a machine started with
     -device virtio-serial -device virtserialport,chardev=qga0,name=org.qemu.guest_agent.0
     -chardev socket,path=SOCKET,server=on,wait=off,id=qga0
 
+so that a hook can be
+
+    nbdfleece snapshot create vda --pre 'guest_agent.py SOCKET freeze' \
+        --post 'guest_agent.py SOCKET thaw'
+
 Under libvirt, which holds that socket itself, `virsh domfsfreeze` and `virsh domfsthaw` do it. A
 snapshot taken between freeze and thaw needs no journal replay. Prints what the agent said; exit
-code 1 and one line when it does not answer within 10 seconds or refuses. Needs Python 3.11 and
+code 1 and one line when it does not answer within a minute or refuses. Needs Python 3.11 and
 nothing else.
 """
 
@@ -22,7 +27,7 @@ import socket
 import sys
 from typing import Any
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0  # the guest writes out its memory first; a hook has a limit of its own
 COMMANDS = {word: f"guest-fsfreeze-{word}" for word in ("freeze", "thaw", "status")}
 
 

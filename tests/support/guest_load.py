@@ -1,6 +1,6 @@
 """A load on a file system inside a virtual machine, and what it promises of any instant.
 
-Each writer writes file after file, `W.000001`, `W.000002` ..., and says on the machine's news when
+Each writer writes file after file, `W.100001`, `W.100002` ..., and says on the machine's news when
 one has been synced: the guest's kernel has then been told by the disk that it is on it. So in a
 snapshot taken after that, the file is whole. Names say what is in the files, so nothing but names
 has to be remembered. Beside the writers one overwrites blocks of a file in place, for ever.
@@ -20,12 +20,12 @@ from tests.support.virtual_machine import Initramfs, VirtualMachine
 
 # A writer of files: load NAME FOLDER. The length must be the same as in `content`.
 _WRITER = r"""#!/bin/sh
-n=0
+n=100000
 while [ ! -e /run/stop ]; do
     n=$((n + 1))
-    name=$1.$(printf %06d $n)
+    name=$1.$n
     length=$((n * 7919 % 31 * 4096 + 4096 - n % 3))
-    if yes "$name" | head -c $length | dd of=$2/$name bs=64k conv=fsync 2>/tmp/$1; then
+    if yes $name | dd of=$2/$name bs=$length count=1 iflag=fullblock conv=fsync 2>/tmp/$1; then
         echo "synced $name" >&4
     else
         echo "failed $name: $(tail -n 1 /tmp/$1)" >&4
@@ -40,12 +40,12 @@ dd if=/dev/zero of=$1 bs=1M count=8 conv=fsync 2>/dev/null
 n=0
 while [ ! -e /run/stop ]; do
     n=$((n + 1))
-    if ! dd if=/dev/urandom of=$1 bs=16k count=1 seek=$((n * 211 % 512)) conv=notrunc \
+    if ! dd if=/dev/urandom of=$1 bs=16k count=32 seek=$((n * 211 % 480)) conv=notrunc \
             oflag=direct 2>/tmp/scribble; then
         echo "failed scribble: $(tail -n 1 /tmp/scribble)" >&4
         exit 1
     fi
-    usleep 5000
+    usleep 100000
 done
 """
 
