@@ -43,12 +43,14 @@ class Graph:
 
     Attributes:
         reopening: Held by whoever gives nodes other options (block.reopen): one at a time.
+        dropping: Held by whoever removes nodes that nobody uses any more, until they are gone.
         throttle_groups: What nodes of the driver `throttle` refer to.
     """
 
     def __init__(self) -> None:
         self.throttle_groups = ThrottleGroups()
         self.reopening = asyncio.Lock()  # never held by requests
+        self.dropping = asyncio.Lock()  # likewise
         self._nodes: dict[str, Node] = {}
         self._unnamed = 0
 

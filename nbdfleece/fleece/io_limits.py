@@ -111,14 +111,15 @@ async def limit_node(
 
 
 async def drop_unused_limits(graph: Graph) -> None:
-    """Remove the filters of I/O limits whose export is gone. Several may do so at a time.
+    """Remove the filters of I/O limits whose export is gone; return when they are gone.
 
     Cancel: not cancelled.
     """
-    for node in graph:
-        if _is_limit(node) and not node.parents:
-            with suppress(NotFound):
-                await graph.remove(node)
+    async with graph.dropping:
+        for node in graph:
+            if _is_limit(node) and not node.parents:
+                with suppress(NotFound):
+                    await graph.remove(node)
 
 
 def watch_limits(graph: Graph, exports: Exports, tasks: asyncio.TaskGroup) -> None:

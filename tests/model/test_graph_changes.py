@@ -1,8 +1,10 @@
 """Random changes of the graph while guests write and read, byte for byte.
 
 Four guests use two disks. One disk is an export over nodes made by QMP, whose chain of filters is
-added to, re-pointed, reopened and deleted from; the other is a disk of ours, above which the
-filters of snapshots come and go. Every change either succeeds, or is refused and changes nothing. A
+added to, re-pointed, reopened and deleted from; by `qom-set` the export moves to another node of
+it, or to the filter of a fleecing by hand; a few times an overlay comes on top. The other is a disk
+of ours, above which the filters of snapshots come and go. Limits, fault nodes, exports of single
+nodes come and go too. Every change either succeeds, or is refused and changes nothing. A
 guest notices neither: all its requests succeed, and what it reads is what it wrote.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +25,9 @@ from tests.support.nbd_client import NbdClient
 SIZE = 1 << 20
 PART = SIZE // 2  # each guest has half a disk of its own
 NORMAL, LONG = 300, 10_000
-MOST_NODES, MOST_SNAPSHOTS = 6, 3
+MOST_NODES, MOST_SNAPSHOTS, MOST_OVERLAYS, MOST_EXPORTS = 6, 3, 3, 2
+LIVE = "/machine/peripheral/live/virtio-backend"
+NO_LIMITS = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
 
 
 class Guest:
@@ -64,13 +69,20 @@ class Changes:
         self.image = image
         self.rng = rng
         self.files: dict[str, object] = {"top": "file"}  # of nodes of driver raw, by node
+        self.faults: dict[str, object] = {}  # what is below nodes of driver blkdebug, by node
+        self.overlays: dict[str, object] = {}  # what is behind each
+        self.exports: list[str] = []
+        self.by_hand: list[str] = []  # what a fleecing by hand has made, in order
+        self.drive = "top"  # of the live export
+        self.drive_before = "top"  # below the filter of the fleecing by hand
         self.snapshots: list[str] = []
         self.made = 0
         self.done: dict[str, int] = {}
         self.refused = 0
 
-    async def ask(self, command: str, **arguments: object) -> object:
-        spelled = {name.replace("_", "-"): value for name, value in arguments.items()}
+    async def ask(self, command: str, **arguments: object) -> Any:
+        dash = "_" if command == "block_set_io_throttle" else "-"
+        spelled = {name.replace("_", dash): value for name, value in arguments.items()}
         return await asyncio.to_thread(self.monitor.execute, command, spelled)
 
     async def set_up(self) -> None:
@@ -81,14 +93,22 @@ class Changes:
         )
 
     async def take_down(self) -> None:
-        await self.ask("block-export-del", id="live", mode="hard")
+        while self.by_hand:
+            await self.fleece_by_hand()
+        await self.ask("block_set_io_throttle", id="vda", **NO_LIMITS)
+        for export in ("live", *self.exports):
+            await self.ask("block-export-del", id=export, mode="hard")
+        await eventually(self.exports_are_gone)
         for snapshot in self.snapshots:
             await self.ask("fleece-snapshot-delete", disk="vda", snapshot=snapshot, force=True)
+        self.files |= self.faults | self.overlays
         while self.files:
             used = set(self.files.values())
             for name in [name for name in self.files if name not in used]:
                 await self.ask("blockdev-del", node_name=name)
                 del self.files[name]
+        for name in self.overlays:
+            await self.ask("blockdev-del", node_name=f"{name}-file")
         await self.ask("blockdev-del", node_name="file")
 
     def file_options(self) -> dict[str, object]:
@@ -105,7 +125,8 @@ class Changes:
 
     async def one(self) -> None:
         kinds = (self.add, self.delete, self.rewire, self.rewire, self.reopen_file, self.snapshot)
-        change = self.rng.choice((*kinds, self.transact, self.wrong))
+        more = (self.move, self.fleece_by_hand, self.limit, self.fault, self.export, self.overlay)
+        change = self.rng.choice((*kinds, *more, self.transact, self.wrong))
         try:
             await change()
         except CommandFailed as error:
@@ -120,7 +141,7 @@ class Changes:
         if len(self.files) >= MOST_NODES:
             return
         self.made += 1
-        name, file = f"n{self.made}", self.rng.choice(["file", *self.files])
+        name, file = f"n{self.made}", self.rng.choice(["file", *self.files, *self.faults])
         await self.ask("blockdev-add", **self.raw_options(name, file))
         self.files[name] = file
 
@@ -144,7 +165,7 @@ class Changes:
         options["cache"] = {"direct": self.rng.random() < 0.3}
         options["read-only"] = self.rng.random() < 0.2
         await self.ask("blockdev-reopen", options=[options])
-        assert not options["read-only"], "somebody writes it"
+        assert self.overlays or not options["read-only"], "somebody writes it"
 
     async def snapshot(self) -> None:
         if len(self.snapshots) < MOST_SNAPSHOTS and self.rng.random() < 0.6:
@@ -190,6 +211,103 @@ class Changes:
         for node in (target, f"{target}x"):
             await self.ask("blockdev-del", node_name=node)
 
+    async def move(self) -> None:
+        """Put another node under the live export, which shows the same."""
+        wanted = self.rng.choice(["file", *self.files, *self.faults])
+        if self.overlays or self.by_hand:
+            wanted = self.drive
+        await self.ask("qom-set", path=LIVE, property="drive", value=wanted)
+        self.drive = wanted
+
+    async def fleece_by_hand(self) -> None:
+        """Set up or take down a point in time of the live disk, step by step as with QEMU."""
+        if not self.by_hand:
+            await self.begin_by_hand()
+            return
+        if self.drive == "cbw":
+            await self.ask("block-export-del", id="snap", mode="hard")
+            await eventually(self.snap_is_gone)
+            await self.ask("blockdev-del", node_name="access")
+            await self.ask("qom-set", path=LIVE, property="drive", value=self.drive_before)
+            self.drive = self.drive_before
+        while self.by_hand:
+            await self.ask("blockdev-del", node_name=self.by_hand[-1])
+            self.by_hand.pop()
+
+    async def begin_by_hand(self) -> None:
+        if self.overlays:
+            return
+        self.drive_before = self.drive
+        await self.ask("blockdev-add", driver="null-co", size=SIZE, node_name="temp")
+        self.by_hand.append("temp")
+        cbw = {"driver": "copy-before-write", "node_name": "cbw", "file": self.drive}
+        await self.ask("blockdev-add", **cbw, target="temp")
+        self.by_hand.append("cbw")
+        await self.ask("qom-set", path=LIVE, property="drive", value="cbw")
+        self.drive = "cbw"
+        await self.ask("blockdev-add", driver="snapshot-access", node_name="access", file="cbw")
+        await self.ask("block-export-add", type="nbd", id="snap", name="snap", node_name="access")
+
+    async def snap_is_gone(self) -> bool:
+        return "snap" not in [row["id"] for row in await self.ask("query-block-exports")]
+
+    async def exports_are_gone(self) -> bool:
+        rows = await self.ask("query-block-exports")
+        return all(row["id"].startswith("vda") for row in rows)
+
+    async def limit(self) -> None:
+        limits = NO_LIMITS | {"iops": self.rng.choice((0, 0, 100_000, 1_000_000))}
+        await self.ask("block_set_io_throttle", id=self.rng.choice(("vda", "live")), **limits)
+
+    async def fault(self) -> None:
+        """Put a fault node, which does no harm, above a node, or take one away."""
+        if len(self.faults) < 2 and self.rng.random() < 0.5:
+            self.made += 1
+            name, image = f"f{self.made}", self.rng.choice(["file", *self.files])
+            await self.ask("blockdev-add", driver="blkdebug", node_name=name, image=image)
+            self.faults[name] = image
+        elif self.faults:
+            name = self.rng.choice(sorted(self.faults))
+            await self.ask("blockdev-del", node_name=name)
+            del self.faults[name]
+
+    async def export(self) -> None:
+        """Offer a node to readers, or no more."""
+        if len(self.exports) < MOST_EXPORTS and self.rng.random() < 0.6:
+            self.made += 1
+            name, node = f"e{self.made}", self.rng.choice(["file", *self.files, *self.faults])
+            await self.ask("block-export-add", type="nbd", id=name, name=name, node_name=node)
+            self.exports.append(name)
+        elif self.exports:
+            await self.ask("block-export-del", id=self.exports.pop())
+
+    async def overlay(self) -> None:
+        """Put an overlay above the live disk, a few times in all; guests never leave it."""
+        if self.by_hand or len(self.overlays) == MOST_OVERLAYS or self.rng.random() < 0.8:
+            return
+        name, path = f"ov{len(self.overlays)}", f"{self.image}.ov{len(self.overlays)}"
+        await self.make(driver="file", filename=path, size=0)
+        await self.ask("blockdev-add", driver="file", node_name=f"{name}-file", filename=path)
+        await self.make(driver="qcow2", file=f"{name}-file", size=SIZE)
+        options = {"driver": "qcow2", "node_name": name, "file": f"{name}-file", "backing": None}
+        await self.ask("blockdev-add", **options)
+        await self.ask("blockdev-snapshot", node=self.drive, overlay=name)
+        for above in (self.files, self.faults):
+            above |= {upper: name for upper, below in above.items() if below == self.drive}
+        self.overlays[name] = self.drive
+        self.drive = name
+
+    async def make(self, **options: object) -> None:
+        await self.ask("blockdev-create", job_id="make", options=options)
+
+        async def is_made() -> bool:
+            (row,) = await self.ask("query-jobs")
+            assert "error" not in row, row
+            return row["status"] == "concluded"
+
+        await eventually(is_made)
+        await self.ask("job-dismiss", id="make")
+
     async def wrong(self) -> None:
         command, arguments = self.rng.choice(WRONG)
         await self.ask(command, **arguments)
@@ -197,14 +315,14 @@ class Changes:
 
 
 WRONG: tuple[tuple[str, dict[str, object]], ...] = (
-    ("blockdev-add", {"driver": "null-co", "node-name": "top"}),
+    ("blockdev-add", {"driver": "null-co", "node-name": "file"}),
     ("blockdev-add", {"driver": "raw", "node-name": "x", "file": "nobody"}),
     ("blockdev-add", {"driver": "raw", "node-name": "x", "file": {"driver": "raw", "file": "no"}}),
     ("blockdev-del", {"node_name": "vda"}),
     ("blockdev-reopen", {"options": [{"driver": "raw", "node-name": "top", "file": "top"}]}),
     (
         "blockdev-reopen",
-        {"options": [{"driver": "raw", "node-name": "top", "file": "file", "size": 512}]},
+        {"options": [{"driver": "raw", "node-name": "top", "file": "file", "size": 9 << 20}]},
     ),
     ("block_resize", {"node_name": "file", "size": 512}),
 )
@@ -221,6 +339,8 @@ EXPECTED = (
     "has no other value",
     "may not support O_DIRECT",
     "is not owned by the monitor",
+    "node is used as backing hd of",
+    "has to be smaller or equal to the actual size",
 )
 
 
@@ -272,6 +392,7 @@ async def test_guests_do_not_notice(
 
         print(f"done {changes.done}, refused {changes.refused}")
         wanted = {"add", "delete", "rewire", "reopen_file", "snapshot", "transact"}
+        wanted |= {"move", "fleece_by_hand", "limit", "fault", "export", "overlay"}
         assert set(changes.done) == wanted
         assert await names(changes) == before
         await eventually(lambda: len(descriptors(daemon)) <= len(open_before))
