@@ -53,10 +53,16 @@ _anonymous = itertools.count(1)
 
 
 class BitmapStore(Protocol):
-    """Where a persistent bitmap outlives the process."""
+    """Where a persistent bitmap outlives the process.
 
-    def about_to_write(self) -> None:
-        """Learn that a write to the node begins. Cannot fail."""
+    Attributes:
+        renew_at: By time.monotonic: no write begins later than this without `renew`.
+    """
+
+    renew_at: float
+
+    def renew(self) -> None:
+        """Learn that the node is being written, and move `renew_at` on. Cannot fail."""
 
     def record(self, first: int, last: int) -> None:
         """Make the granules [first, last) dirty, before this returns. Cannot fail.

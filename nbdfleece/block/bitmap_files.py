@@ -65,21 +65,24 @@ class BitmapFile:
         path: Where it is.
         fd: It, open; owned.
         header: What it says.
+
+    Attributes:
+        path: Where it is.
+        renew_at: See BitmapStore.
     """
 
     def __init__(self, path: Path, fd: int, header: Header) -> None:
         self.path = path
         self._fd = fd
         self._header = header
-        self._renew_at = 0.0
+        self.renew_at = 0.0
 
     # --- block.bitmap.BitmapStore ----------------------------------------------------------------
 
-    def about_to_write(self) -> None:
-        """Keep K4."""
-        if time.monotonic() > self._renew_at:
-            self._renew_at = time.monotonic() + _RENEW_S
-            self._write_header(replace(self._header, mtime_ns=time.time_ns() + _AHEAD_NS))
+    def renew(self) -> None:
+        """Keep K4; see BitmapStore.renew."""
+        self.renew_at = time.monotonic() + _RENEW_S
+        self._write_header(replace(self._header, mtime_ns=time.time_ns() + _AHEAD_NS))
 
     def record(self, first: int, last: int) -> None:
         """Make granules dirty; see BitmapStore.record."""

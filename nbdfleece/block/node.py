@@ -7,8 +7,9 @@ Invariants
   N1  `file` and `backing` are derived from `children`, and are set and cleared only in
       `child_attached` and `child_detached`.
   N2  A write, zero write or discard marks every recording bitmap of the node when it ends, whether
-      or not it succeeded: part of a failed write may have landed. It has marked those that are kept
-      in a store before it began: the process may die in between.
+      or not it succeeded: part of a failed write may have landed. Those that are kept in a store it
+      marks before it begins: the process may die in between. (They lose bits, or stand still, in
+      drained sections only, so what was marked before is still there when the write ends.)
   N3  `in_flight` is the number of requests between entry and exit, background work included.
   N4  A drained node begins nothing new by itself and its parents send nothing new; requests that
       are already inside the graph pass through to their end.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError, IoError
@@ -369,14 +371,17 @@ class Node:
     def mark_before(self, offset: int, length: int) -> None:
         """Mark the bitmaps that are to know of a write before it begins (N2)."""
         for bitmap in self.bitmaps.values():
-            if bitmap.store is not None:
-                bitmap.store.about_to_write()
+            store = bitmap.store
+            if store is not None:
+                if monotonic() > store.renew_at:
+                    store.renew()
                 bitmap.mark(offset, length)
 
     def mark(self, offset: int, length: int) -> None:
-        """Mark all recording bitmaps: a write has ended, however it did (N2)."""
+        """Mark the other recording bitmaps: a write has ended, however it did (N2)."""
         for bitmap in self.bitmaps.values():
-            bitmap.mark(offset, length)
+            if bitmap.store is None:
+                bitmap.mark(offset, length)
 
     # --- size ------------------------------------------------------------------------------
 

@@ -46,7 +46,9 @@ class Store:
     def __init__(self) -> None:
         self.bits: set[int] = set()
 
-    def about_to_write(self) -> None: ...
+    renew_at = float("inf")
+
+    def renew(self) -> None: ...
 
     def abandon(self, why: str) -> None: ...
 
