@@ -270,6 +270,7 @@ class Node:
         self._check_write("write", offset, len(data))
         self.in_flight += 1
         if self.bitmaps:
+            self.mark_before(offset, len(data))
             self.mark(offset, len(data))
         try:
             await self.driver.write_replying(offset, data, reply)
@@ -369,7 +370,7 @@ class Node:
             self.leave()
 
     def mark_before(self, offset: int, length: int) -> None:
-        """Mark the bitmaps that are to know of a write before it begins (N2)."""
+        """Mark the bitmaps that are kept in a store: a write is about to begin (N2)."""
         for bitmap in self.bitmaps.values():
             store = bitmap.store
             if store is not None:

@@ -46,9 +46,12 @@ class Store:
     def __init__(self) -> None:
         self.bits: set[int] = set()
 
-    renew_at = float("inf")
+    renew_at = 0.0
 
-    def renew(self) -> None: ...
+    def renew(self) -> None:
+        self.renewed = True
+
+    renewed = False
 
     def abandon(self, why: str) -> None: ...
 
@@ -358,7 +361,8 @@ async def test_writes_zeroes_and_discards_are_marked_when_they_end_also_in_failu
     assert dirty(kept) == {0, 2, 4, 8}
 
 
-async def test_what_is_kept_in_a_store_is_marked_before_the_write_begins() -> None:
+@pytest.mark.parametrize("way", ["write", "write_replying"])
+async def test_what_is_kept_in_a_store_is_marked_before_the_write_begins(way: str) -> None:
     owner = await node()
     driver = owner.driver
     assert isinstance(driver, MemoryDriver)
@@ -373,5 +377,10 @@ async def test_what_is_kept_in_a_store_is_marked_before_the_write_begins() -> No
         await plain(offset, data, fua=fua)
 
     driver.write = write  # type: ignore[method-assign]
-    await owner.write(4096, memoryview(b"x" * 8192), fua=False)
+    data = memoryview(b"x" * 8192)
+    if way == "write":
+        await owner.write(4096, data, fua=False)
+    else:
+        await owner.write_replying(4096, data, None)
     assert seen == [{1, 2}]
+    assert store.renewed, "K4 of block.bitmap_files"

@@ -112,3 +112,29 @@ def test_an_increment_is_read_from_the_snapshot_by_real_programs(
     left = bitmaps(daemon, "vda")[0]
     assert (left["busy"], left["count"]) == (False, MiB + 2 * 64 * KiB)
     assert bitmaps(daemon, "vdb")[0]["count"] == 0
+
+
+def test_a_transaction_ties_bitmaps_to_its_instant_or_leaves_nothing(
+    daemon: Daemon, short_tmp: Path
+) -> None:
+    """Bitmap actions, snapshots and what fails behind them: all or nothing."""
+    add = {"type": "block-dirty-bitmap-add", "data": {"node": "vda", "name": "other"}}
+    taken = {"disks": ["vda", "vdb"], "name": "s", "bitmap": "b"}
+    actions = [add, {"type": "fleece-snapshot-create", "data": taken}]
+    for more in ([{"type": "abort", "data": {}}], [add]):
+        asked = json.dumps({"actions": actions + more})
+        assert daemon.run("qmp", "transaction", asked).code != 0
+        assert bitmaps(daemon) == []
+        assert json.loads(daemon.run("snapshot", "list", "--json").out) == []
+        assert not list(daemon.state.glob("*/bitmaps/*"))
+    assert daemon.run("qmp", "transaction", json.dumps({"actions": actions})).code == 0
+    rows = {(row["disk"], row["bitmap"]): row for row in bitmaps(daemon)}
+    assert rows[("vda", "b")]["busy"]
+    assert rows[("vdb", "b")]["busy"]
+    assert rows[("vda", "other")]["count"] == 0
+    assert [path.parent.parent.name for path in sorted(daemon.state.glob("*/bitmaps/b"))] == [
+        "vda",
+        "vdb",
+    ]
+    assert daemon.run("snapshot", "delete", "vda@s", "vdb@s", "--success").code == 0
+    assert {row["count"] for row in bitmaps(daemon)} == {0}

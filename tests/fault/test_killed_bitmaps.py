@@ -85,14 +85,16 @@ class Backups:
 
 async def dirty(daemon: Daemon, export: str) -> set[int]:
     one = await NbdClient.open(str(daemon.socket))
-    await one.connect(export, contexts=[CONTEXT])
-    found, offset = set[int](), 0
-    while offset < SIZE:
-        for length, flags in await one.status(offset, SIZE - offset, context=CONTEXT):
-            if flags & 1:
-                found |= set(range(offset // GRANULE, -(-(offset + length) // GRANULE)))
-            offset += length
-    await one.disconnect()
+    try:
+        await one.connect(export, contexts=[CONTEXT])
+        found, offset = set[int](), 0
+        while offset < SIZE:
+            for length, flags in await one.status(offset, SIZE - offset, context=CONTEXT):
+                if flags & 1:
+                    found |= set(range(offset // GRANULE, -(-(offset + length) // GRANULE)))
+                offset += length
+    finally:
+        await one.close()
     return found
 
 

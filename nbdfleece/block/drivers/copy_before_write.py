@@ -326,7 +326,8 @@ class CopyBeforeWrite(Driver):
             return False
         if source.bitmaps:
             source.mark_before(offset, len(data))
-            reply = None  # the rest is marked behind the write
+            if reply is not None:  # who has got it may look at the others, too
+                source.mark(offset, len(data))
         has_reached_source = True
         try:
             await source_file.save_then_write(
