@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from nbdfleece.base.errors import ImageError
@@ -50,32 +50,38 @@ class Geometry:
         is_extended: L2 entries tell of subclusters.
         has_zero_flag: An entry may say that a cluster reads as zeroes (version 3).
         has_data_file: Host offsets are those of the external data file; 0 is one of them.
+        cluster_size: Bytes.
+        inside_mask: Bits of an offset within its cluster.
+        unit_bits: Of the unit of allocation: a cluster, or a subcluster.
+        l2_bits: An L2 table has 1 << this many entries.
+        index_mask: Bits of the number of a cluster that are its index in its L2 table.
+        span_bits: An L2 table tells of 1 << this many bytes.
     """
 
     cluster_bits: int
     is_extended: bool
     has_zero_flag: bool
     has_data_file: bool
+    cluster_size: int = field(init=False)
+    inside_mask: int = field(init=False)
+    unit_bits: int = field(init=False)
+    l2_bits: int = field(init=False)
+    index_mask: int = field(init=False)
+    span_bits: int = field(init=False)
 
-    @property
-    def cluster_size(self) -> int:
-        """Bytes."""
-        return 1 << self.cluster_bits
-
-    @property
-    def unit_bits(self) -> int:
-        """Of the unit of allocation: a cluster, or a subcluster."""
-        return self.cluster_bits - 5 if self.is_extended else self.cluster_bits
-
-    @property
-    def l2_bits(self) -> int:
-        """An L2 table has 1 << this many entries."""
-        return self.cluster_bits - (4 if self.is_extended else 3)
-
-    @property
-    def span_bits(self) -> int:
-        """An L2 table tells of 1 << this many bytes."""
-        return self.cluster_bits + self.l2_bits
+    def __post_init__(self) -> None:
+        """Work out what follows, once: every request asks for it."""
+        bits = self.cluster_bits
+        l2_bits = bits - (4 if self.is_extended else 3)
+        for name, value in (
+            ("cluster_size", 1 << bits),
+            ("inside_mask", (1 << bits) - 1),
+            ("unit_bits", bits - 5 if self.is_extended else bits),
+            ("l2_bits", l2_bits),
+            ("index_mask", (1 << l2_bits) - 1),
+            ("span_bits", bits + l2_bits),
+        ):
+            object.__setattr__(self, name, value)
 
 
 class Run(NamedTuple):
@@ -137,6 +143,21 @@ def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
     offset = entry & ((1 << shift) - 1) & (MAX_HOST - 1)
     sectors = ((entry & (COMPRESSED_FLAG - 1)) >> shift) + 1
     return offset, sectors * SECTOR - offset % SECTOR
+
+
+def plain_host(entries: Entries[int], geometry: Geometry, offset: int, length: int) -> int:
+    """Return the host offset of a range in one cluster of data, or -1: ask `find_run`.
+
+    The usual case of small requests.
+    """
+    inside = offset & geometry.inside_mask
+    if geometry.is_extended or inside + length > geometry.cluster_size:
+        return -1
+    entry = entries[(offset >> geometry.cluster_bits) & geometry.index_mask]
+    host = entry & OFFSET_MASK
+    if not host or entry & (COMPRESSED_FLAG | ZERO_FLAG) or host & geometry.inside_mask:
+        return -1
+    return host + inside
 
 
 def find_run(

@@ -94,6 +94,19 @@ def test_subclusters_are_told_apart(rng: random.Random) -> None:
             offset += run.length
 
 
+def test_the_usual_case_says_what_a_run_says() -> None:
+    entries = table(5 * C | t.COPIED, 6 * C, 1, 7 * C | 1, t.COMPRESSED_FLAG | 12345, 513)
+    for cluster in range(7):
+        for inside, length in ((0, 1), (7, C - 7), (1, C)):
+            host = t.plain_host(entries, PLAIN, cluster * C + inside, length)
+            if host < 0:
+                assert cluster > 1 or length + inside > C
+            else:
+                run = t.find_run(entries, PLAIN, cluster * C + inside, length)
+                assert (run.kind, run.host, run.length) == (t.DATA, host, length)
+    assert t.plain_host(array("Q", [5 * EXTENDED.cluster_size, 1]), EXTENDED, 0, 1) == -1
+
+
 @pytest.mark.parametrize("entry", [513 | t.COPIED, 512])
 def test_unaligned_clusters_are_an_error(entry: int) -> None:
     with pytest.raises(ImageError, match="unaligned"):

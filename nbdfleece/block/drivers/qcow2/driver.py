@@ -236,7 +236,18 @@ class Qcow2Driver(Driver):
         image = self._image
         if image is None:
             return False
-        geometry, length = image.geometry, len(view)
+        geometry = image.geometry
+        table = image.tables.loaded.get(offset >> geometry.span_bits)
+        if table is not None:
+            host = t.plain_host(table.entries, geometry, offset, len(view))
+            if host >= 0:
+                table.used = True
+                return image.data.read_now(host, view)
+        return self._read_runs_now(offset, view)
+
+    def _read_runs_now(self, offset: int, view: memoryview) -> bool:
+        image, length = self.image, len(view)
+        geometry = image.geometry
         while True:
             run = self._run_now(offset, length)
             if run is None:

@@ -106,7 +106,7 @@ class Image:
     @property
     def data(self) -> Node:
         """The node with the data of the disk."""
-        return self.node.child("data-file").node if self.header.has_data_file else self.file
+        return self.node.child("data-file").node if self.geometry.has_data_file else self.file
 
     def damaged(self, error: ImageError) -> IoError:
         """Return what a request that has met a damaged table fails with."""

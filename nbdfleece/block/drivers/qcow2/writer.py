@@ -90,6 +90,10 @@ class Writer:
         if table is None or not image.tables.l1[index] & t.COPIED:
             return 0, 0
         table.used = True
+        host = t.plain_host(table.entries, self._geometry, offset, length)
+        if host >= 0 and host >> self._bits not in image.metadata:
+            index = (offset >> self._bits) & self._geometry.index_mask
+            return (host, length) if table.entries[index] & t.COPIED else (0, 0)
         try:
             run = t.find_run(table.entries, self._geometry, offset, length)
         except ImageError as error:
@@ -127,7 +131,7 @@ class Writer:
         image = self._image
         node, end = image.data, host + len(data)
         if end > node.size:
-            await (image.reach_data(end) if image.header.has_data_file else image.reach(end))
+            await (image.reach_data(end) if self._geometry.has_data_file else image.reach(end))
         await node.write(host, data, fua=fua)
 
     async def _write_new(self, offset: int, data: memoryview) -> int:
