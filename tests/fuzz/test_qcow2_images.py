@@ -196,7 +196,7 @@ async def test_damaged_images_are_refused_or_read_as_their_tables_say(
             print(f"image number {number}, in {tmp_path}/bad.qcow2; {hash(state)}")
             raise
     print(outcomes)
-    assert outcomes["refused"]
+    assert outcomes["refused"] or not long_run  # forty images may all be readable
     assert outcomes["read"] + outcomes["partly read"]
 
 

@@ -277,7 +277,7 @@ class Image:
         base = self.backing[:size]
         disk = bytearray(base + bytes(size - len(base)))
         for l1_index, entry in enumerate(self.words(l1_at, l1_size)):
-            if not entry:
+            if not entry & 0x00FFFFFFFFFFFE00:  # its other bits say nothing
                 continue
             for number, value, bitmap in self.l2_entries(entry):
                 at = (l1_index * self.per_l2 + number) << self.bits

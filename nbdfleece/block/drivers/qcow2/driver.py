@@ -176,7 +176,7 @@ class Qcow2Driver(Driver):
             if not self.node.read_only:
                 await image.settle_all()
             if self.node.read_only and not to.read_only:
-                opening.check_writable(image.header)
+                opening.check_writable(image.header, may_repair=False)
         except IoError as error:
             raise CommandError(f"Could not reopen node '{self.node.name}': {error}") from error
         except ImageError as error:

@@ -167,13 +167,24 @@ class Image:
 
     async def reach(self, end: int) -> None:
         """Make the image's file so long, and some more, that its end is seldom in the way."""
-        while (node := self.file).size < end:
+        if self.file.size < end:
+            await self._grow(end, in_data_file=False)
+
+    async def reach_data(self, end: int) -> None:
+        """As `reach`, for the external data file, which gets no longer than the disk."""
+        if self.data.size < end:
+            await self._grow(end, in_data_file=True)
+
+    async def _grow(self, end: int, *, in_data_file: bool) -> None:
+        """Make a file longer; one at a time, so that none is made shorter by an older request."""
+        while (node := self.data if in_data_file else self.file).size < end:
             if self._growing is not None:
                 await self._growing
                 continue
             self._growing = asyncio.get_running_loop().create_future()
+            wanted = end if in_data_file else align_up(end, self.header.cluster_size) + QCOW2_GROW
             try:
-                await node.truncate(align_up(end, self.header.cluster_size) + QCOW2_GROW)
+                await node.truncate(wanted)
             except CommandError as error:
                 raise IoError(
                     errno.ENOSPC, f"node '{self.node.name}': growing to {end} bytes: {error}"
@@ -181,17 +192,6 @@ class Image:
             finally:
                 growing, self._growing = self._growing, None
                 growing.set_result(None)
-
-    async def reach_data(self, end: int) -> None:
-        """As `reach`, for the external data file, which gets no longer than the disk."""
-        node = self.data
-        if node.size < end:
-            try:
-                await node.truncate(end)
-            except CommandError as error:
-                raise IoError(
-                    errno.ENOSPC, f"node '{self.node.name}': growing its data file: {error}"
-                ) from error
 
     async def trim(self) -> None:
         """Give back what `reach` has added and nobody uses."""

@@ -56,12 +56,18 @@ async def open_image(node: Node, caches: CacheSizes) -> Image:
     return Image(node, header, l1, table, caches=caches)
 
 
-def check_writable(header: h.Header) -> None:
+def check_writable(header: h.Header, *, may_repair: bool = True) -> None:
     """Check that an image may be opened for writing.
 
+    Args:
+        header: Of the image.
+        may_repair: It is all right if its refcounts have to be counted anew.
+
     Raises:
-        ImageError: It is marked as corrupt.
+        ImageError: It is marked as corrupt, or as dirty.
     """
+    if header.incompatible & h.DIRTY and not may_repair:
+        raise ImageError("Image is dirty; it has to be opened read/write to be repaired")
     if header.incompatible & h.CORRUPT:
         raise ImageError("Image is corrupt; cannot be opened read/write")
 

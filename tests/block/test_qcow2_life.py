@@ -1,0 +1,303 @@
+"""A qcow2 image over its life: crashes, other sizes, sharing, points in time."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nbdfleece.base.errors import CommandError
+from nbdfleece.base.extent import HOLE, ZERO
+from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
+from nbdfleece.block.drivers.qcow2.driver import Qcow2Driver, Qcow2Options
+from nbdfleece.block.graph import Graph
+from nbdfleece.block.node import Node
+from nbdfleece.block.registry import add_from_options
+from nbdfleece.block.reopen import reopen
+from nbdfleece.datapath.step import background
+from nbdfleece.formats.qcow2 import header as h
+from nbdfleece.formats.qcow2.create import NewImage
+from tests.block.test_qcow2_driver import qcow2_node
+from tests.support.driver_kit import file_node, random_change, read, remove_all
+from tests.support.fleecing import add_access, add_filter, read_all
+from tests.support.qcow2 import check_qcow2, make_qcow2
+
+pytestmark = pytest.mark.interop("qemu-img")
+
+MiB = 1 << 20
+SIZE = 2 * MiB
+IMAGES = {
+    "plain": NewImage(size=SIZE),
+    "small": NewImage(size=SIZE, cluster_size=512, refcount_bits=32),
+    "subclusters": NewImage(size=SIZE, extended_l2=True),
+    "version 2": NewImage(size=SIZE, version=2, cluster_size=4096),
+    "lazy": NewImage(size=SIZE, lazy_refcounts=True, cluster_size=4096, refcount_bits=8),
+}
+
+
+@pytest.fixture
+async def graph() -> AsyncIterator[Graph]:
+    graph = Graph()
+    yield graph
+    await remove_all(graph)
+
+
+def features(path: Path) -> h.Header:
+    with path.open("rb") as file:
+        return h.parse_header(file.read(1 << 21))
+
+
+def qemu_img(arguments: list[str | Path]) -> None:
+    subprocess.run(["qemu-img", *arguments], check=True)
+
+
+async def change(node: Node, model: bytearray, rng: random.Random, times: int) -> None:
+    for _ in range(times):
+        await random_change(node, model, rng)
+
+
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+async def test_what_was_flushed_survives_a_kill_at_any_moment(
+    graph: Graph, tmp_path: Path, rng: random.Random, image: NewImage
+) -> None:
+    path, crashed = make_qcow2(tmp_path / "x.qcow2", image), tmp_path / "crashed.qcow2"
+    node = await qcow2_node(graph, path)
+    model = bytearray(SIZE)
+    for _ in range(5):
+        await change(node, model, rng, 10)
+        await node.flush()
+        shutil.copy(path, crashed)  # as the file is when the process is killed now
+        if image.lazy_refcounts:
+            assert features(crashed).incompatible & h.DIRTY
+        else:
+            check_qcow2(crashed, leaks=True)
+        again = Graph()
+        assert await read_all(await qcow2_node(again, crashed)) == model
+        await remove_all(again)
+        check_qcow2(crashed, leaks=not image.lazy_refcounts)  # counting anew finds leaks too
+    await graph.remove(node)
+    assert not features(path).incompatible & h.DIRTY
+    check_qcow2(path)
+
+
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+async def test_other_sizes_keep_what_there_is_and_add_zeroes(
+    graph: Graph, tmp_path: Path, rng: random.Random, image: NewImage
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", image)
+    node = await qcow2_node(graph, path)
+    model = bytearray(SIZE)
+    for size in (SIZE + 512, 300_032, 300_032 + 7 * 512, 80 * MiB, MiB, 5 * MiB):
+        await change(node, model, rng, 5)
+        await node.write(len(model) - 100, memoryview(b"\xff" * 100), fua=False)
+        model[-100:] = b"\xff" * 100
+        await graph.resize(node, size)
+        assert node.size == size
+        model = model[:size] + bytes(max(0, size - len(model)))
+        assert await read_all(node) == model
+    await graph.remove(node)
+    check_qcow2(path)
+    raw = tmp_path / "raw"
+    qemu_img(["convert", "-O", "raw", path, raw])
+    assert raw.read_bytes() == model
+
+
+@pytest.mark.parametrize("image", [IMAGES["plain"], IMAGES["version 2"], IMAGES["subclusters"]])
+async def test_what_is_added_does_not_show_a_longer_backing(
+    graph: Graph, tmp_path: Path, image: NewImage
+) -> None:
+    (tmp_path / "base").write_bytes(os.urandom(2 * SIZE))
+    backing = await file_node(graph, tmp_path / "base", 0, read_only=True)
+    path = make_qcow2(tmp_path / "x.qcow2", replace(image, size=SIZE - 1000))
+    node = await qcow2_node(graph, path, backing=backing)
+    expected = (tmp_path / "base").read_bytes()[: SIZE - 1000]
+    await graph.resize(node, 3 * SIZE)
+    assert await read_all(node) == expected + bytes(2 * SIZE + 1000)
+    await graph.remove(node)
+    check_qcow2(path)
+
+
+async def test_an_image_cannot_be_larger_than_its_tables_can_tell(
+    graph: Graph, tmp_path: Path
+) -> None:
+    node = await qcow2_node(graph, make_qcow2(tmp_path / "x.qcow2", IMAGES["small"]))
+    with pytest.raises(CommandError):
+        await graph.resize(node, 1 << 50)
+    assert node.size == SIZE
+
+
+@pytest.mark.parametrize("image", [IMAGES["plain"], IMAGES["subclusters"], IMAGES["small"]])
+async def test_clusters_that_a_snapshot_shares_are_copied_before_they_change(
+    graph: Graph, tmp_path: Path, rng: random.Random, image: NewImage
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", image)
+    model = bytearray(SIZE)
+    snapshots: dict[str, bytes] = {}
+    for name in ("one", "two", "three"):
+        node = await qcow2_node(graph, path)
+        await change(node, model, rng, 15)
+        await graph.remove(node)
+        qemu_img(["snapshot", "-c", name, path])
+        snapshots[name] = bytes(model)
+    node = await qcow2_node(graph, path)
+    await change(node, model, rng, 15)
+    await graph.remove(node)
+    check_qcow2(path)
+    for name, content in (*snapshots.items(), ("", bytes(model))):
+        source = ["-l", name, path] if name else [path]
+        qemu_img(["convert", "-O", "raw", *source, tmp_path / "raw"])
+        assert (tmp_path / "raw").read_bytes() == content, name
+
+
+async def test_a_compressed_image_is_read_and_overwritten(
+    graph: Graph, tmp_path: Path, rng: random.Random
+) -> None:
+    content = bytearray(b"".join(bytes([n % 251]) * 1000 for n in range(SIZE // 1000 + 1))[:SIZE])
+    (tmp_path / "raw").write_bytes(content)
+    path = tmp_path / "x.qcow2"
+    qemu_img(["convert", "-c", "-O", "qcow2", tmp_path / "raw", path])
+    node = await qcow2_node(graph, path)
+    assert await read_all(node) == content
+    await change(node, content, rng, 30)
+    assert await read_all(node) == content
+    await graph.remove(node)
+    check_qcow2(path)
+
+
+async def test_features_that_are_unknown_are_cleared_by_the_first_change_only(
+    graph: Graph, tmp_path: Path
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", IMAGES["plain"])
+    data = bytearray(path.read_bytes())
+    data[88:96] = (1 << 40).to_bytes(8, "big")
+    path.write_bytes(data)
+    node = await qcow2_node(graph, path)
+    await read(node, 0, 100)
+    await graph.remove(node)
+    assert features(path).autoclear == 1 << 40
+    node = await qcow2_node(graph, path)
+    await node.write(0, memoryview(b"x"), fua=True)
+    assert features(path).autoclear == 0
+
+
+async def test_a_corrupt_image_is_for_reading(graph: Graph, tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", IMAGES["plain"])
+    data = bytearray(path.read_bytes())
+    data[79] |= h.CORRUPT
+    path.write_bytes(data)
+    with pytest.raises(CommandError, match="corrupt"):
+        await qcow2_node(graph, path)
+    await remove_all(graph)
+    node = await qcow2_node(graph, path, read_only=True)
+    assert await read(node, 0, 10) == bytes(10)
+
+
+async def test_space_is_given_back(graph: Graph, tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", IMAGES["plain"])
+    node = await qcow2_node(graph, path, options=Qcow2Options(pass_discard_request=True))
+    await node.write(0, memoryview(os.urandom(SIZE)), fua=True)
+    full = await node.driver.allocated_size()
+    await node.discard(0, SIZE)
+    await node.flush()
+    freed = await node.driver.allocated_size()
+    assert full is not None
+    assert freed is not None
+    assert freed <= full - SIZE * 3 // 4
+    assert (await node.block_status(0, SIZE))[0].flags == HOLE | ZERO
+
+
+async def test_a_point_in_time_stands_while_images_grow(
+    graph: Graph, tmp_path: Path, rng: random.Random
+) -> None:
+    active = await qcow2_node(graph, make_qcow2(tmp_path / "vda.qcow2", IMAGES["plain"]))
+    model = bytearray(SIZE)
+    await change(active, model, rng, 20)
+    temp = await qcow2_node(graph, make_qcow2(tmp_path / "temp.qcow2", IMAGES["subclusters"]))
+    driver = CopyBeforeWrite(
+        on_cbw_error=OnCbwError.BREAK_GUEST_WRITE,
+        cbw_timeout_s=None,
+        min_cluster_size=0,
+        bitmap=None,
+        temp_limit=None,
+    )
+    cbw = await add_filter(graph, active, temp, driver)
+    access = await add_access(graph, cbw)
+    instant = bytes(model)
+    for _ in range(6):
+        await change(cbw, model, rng, 5)
+        assert await read_all(access) == instant
+        assert await read_all(cbw) == model
+    assert isinstance(active.driver, Qcow2Driver)
+    await remove_all(graph)
+    check_qcow2(tmp_path / "vda.qcow2")
+    check_qcow2(tmp_path / "temp.qcow2")
+
+
+async def test_a_data_file_grows_under_many_writes(
+    graph: Graph, tmp_path: Path, rng: random.Random
+) -> None:
+    (tmp_path / "data").write_bytes(b"")
+    path = make_qcow2(tmp_path / "x.qcow2", NewImage(size=SIZE, data_file="data"))
+    file = {"driver": "file", "filename": str(path)}
+    node = await add_from_options(graph, {"driver": "qcow2", "node-name": "q", "file": file})
+    model = bytearray(rng.randbytes(SIZE))
+    offsets = [index * 20_000 for index in range(SIZE // 20_000)]
+    rng.shuffle(offsets)
+    whole = memoryview(model)
+    running = [background(node.write(at, whole[at : at + 20_000], fua=False)) for at in offsets]
+    for each in running:
+        await each
+    end = len(offsets) * 20_000
+    model[end:] = bytes(SIZE - end)
+    assert await read_all(node) == model
+
+
+async def test_a_dirty_image_is_mended_only_when_it_is_opened(graph: Graph, tmp_path: Path) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", IMAGES["lazy"])
+    data = bytearray(path.read_bytes())
+    data[79] |= h.DIRTY
+    path.write_bytes(data)
+    options: dict[str, object] = {
+        "driver": "qcow2",
+        "node-name": "q",
+        "read-only": True,
+        "file": {"driver": "file", "filename": str(path)},
+    }
+    node = await add_from_options(graph, options)
+    with pytest.raises(CommandError, match="dirty"):
+        await reopen(graph, [options | {"read-only": False}])
+    await graph.remove(node)
+    await add_from_options(graph, options | {"read-only": False})
+    assert not features(path).incompatible & h.DIRTY
+
+
+async def test_options_change_while_requests_run(
+    graph: Graph, tmp_path: Path, rng: random.Random
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", IMAGES["small"])
+    options: dict[str, object] = {
+        "driver": "qcow2",
+        "node-name": "q",
+        "file": {"driver": "file", "filename": str(path)},
+    }
+    node = await add_from_options(graph, options)
+    model = bytearray(SIZE)
+    for more in (
+        {"lazy-refcounts": True},
+        {"l2-cache-size": 4096, "pass-discard-other": True},
+        {"read-only": True},
+        {"cache-size": 1 << 20},
+    ):
+        await change(node, model, rng, 8)
+        await reopen(graph, [options | more])
+        assert await read_all(node) == model
+        if node.read_only:
+            await reopen(graph, [options])
+    await graph.remove(node)
+    check_qcow2(path)
