@@ -46,6 +46,8 @@ CLIENTS = {
     "qemu-system-x86_64": "qemu-system-x86",
     "qemu-ga": "qemu-guest-agent",
     "linux-image": "linux-image-cloud-amd64",  # no program: see find_kernel
+    "restic": "restic",
+    "zstd": "zstd",
 }
 KERNEL = ROOT / ".kernel"
 

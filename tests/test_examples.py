@@ -96,3 +96,9 @@ def test_every_example_has_a_test() -> None:
         "guest_agent.py",
         "quickstart.py",
     ]
+    backup = sorted(path.name for path in (EXAMPLES / "backup").iterdir())
+    assert backup == [  # tests/test_backup_examples.py
+        "nbdfleece-backup.service",
+        "nbdfleece-backup.timer",
+        "restic.sh",
+    ]

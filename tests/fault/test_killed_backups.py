@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.backup.folder import DiskFolder
-from nbdfleece.cli.client import NoDaemon
+from nbdfleece.cli.client import CommandFailed, NoDaemon
 from tests.support.backups import content
 from tests.support.daemon_process import Daemon, environment, nbdfleece
 from tests.support.live import KiB, MiB, ask, client, program_run, read_whole, serving
@@ -126,7 +126,14 @@ class World:
     async def start(self, daemon: Daemon, *, slow: bool = False) -> dict:
         more = {"speed": self.rng.randrange(1, 20) * MiB} if slow else {}
         arguments = {"disks": list(DISKS), "dir": str(self.to), **more}
-        return await ask(daemon, "fleece-backup", arguments)
+        while True:
+            try:
+                return await ask(daemon, "fleece-backup", arguments)
+            except CommandFailed as error:
+                # What a killed command has asked for may only just be beginning.
+                if error.reason != "in-use":
+                    raise
+                await self.idle(daemon)
 
     async def ended(self, daemon: Daemon, run: dict) -> dict:
         while True:
