@@ -15,6 +15,9 @@ Invariants
   B2  An increment holds all that was dirty in the bitmap of its parent. That is looked up behind
       the instant while it goes on recording: it may hold a little more, and never less.
   B3  The old bitmap is removed only when the manifest has the new point.
+  B4  A point is finished only when its disk has been flushed behind the instant. A crash may take
+      back writes that nobody has flushed; what the point holds and no bitmap knows any more must
+      not be among them, or the next increment would lack what it was taken back to.
 """
 
 from __future__ import annotations

@@ -216,6 +216,7 @@ class BackupWork:
             image = await self._in_thread(NewImage, fd, image_size(part.size), _backing(part))
             sink = FileSink(image, compress=point.compressed)
             await self._copy(job, part, sink)
+            await self._flush(job, part)
             sha256, file_bytes = await self._in_thread(image.finish)
             part.point = replace(point, sha256=sha256, file_bytes=file_bytes)
             await self._in_thread(folder.finish, Change(part.point), fd)
@@ -263,6 +264,21 @@ class BackupWork:
             await copy.run(allocated(job, node))
         else:
             await copy.run(changed(job, node, dirty.dirty_ranges()))
+
+    async def _flush(self, job: Job, part: Part) -> None:
+        """Make the disk hold, whatever crashes, what was in it at the instant (backup, B4).
+
+        Raises:
+            IoError: It failed.
+            Stopped: The job is to stop.
+        """
+        if not await job.begin(0):
+            raise Stopped
+        try:
+            assert part.snapshot.filter is not None, "the job keeps the snapshot"
+            await part.snapshot.filter.flush()
+        finally:
+            job.end()
 
     async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await in_thread(self._executor, function, *args, **kwargs)

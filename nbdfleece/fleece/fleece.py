@@ -402,6 +402,13 @@ class Fleece:
                     f"snapshot {snapshot.export_name} is being read by "
                     f"{snapshot.readers} connections"
                 )
+            if succeeded and snapshot.tied is not None and not found.location.read_only:
+                # A crash may take back what nobody has flushed; none of that may be in the copy
+                # and in no bitmap any more, or the next copy would lack what it was taken back to.
+                try:
+                    await _flush(found)
+                except IoError as error:
+                    raise CommandError(f"disk '{disk}' cannot be flushed: {error}") from error
             mode = RemoveMode.HARD if force else RemoveMode.SAFE
             await self._delete(found, snapshot, mode, succeeded=succeeded)
 
@@ -497,7 +504,7 @@ async def _check_remote_is_raw(location: Location, node: Node) -> None:
 
 
 async def _flush(disk: Disk) -> None:
-    """Flush a disk for the last time; another server may take only so long.
+    """Flush a disk; another server may take only so long.
 
     Raises:
         IoError: It failed.

@@ -1,4 +1,4 @@
-"""Backups of disks that are written all the time, while client, backup and daemon are killed.
+"""Backups while client, backup and daemon are killed, and guests write to a raw and a qcow2 disk.
 
 Every write of a guest is one step from one state of its disk to the next. A point that is restored
 must be one of these states, no older than the point before it, and, if its backup was not
@@ -25,7 +25,7 @@ from nbdfleece.backup.folder import DiskFolder
 from nbdfleece.cli.client import CommandFailed, NoDaemon
 from tests.support.backups import content
 from tests.support.daemon_process import Daemon, environment, nbdfleece
-from tests.support.live import KiB, MiB, ask, client, program_run, read_whole, serving
+from tests.support.live import KiB, MiB, ask, client, program_run, read_whole, run, serving
 from tests.support.nbd_client import NbdClient
 
 SIZE = 4 * MiB
@@ -86,14 +86,14 @@ class Guest:
 class World:
     """The daemon, its guests, and their backups."""
 
-    def __init__(self, folder: Path, rng: random.Random) -> None:
+    def __init__(self, folder: Path, rng: random.Random, qemu_img: str) -> None:
         self.folder = folder
         self.to = folder / "backup"
         self.rng = rng
         self.guests = [Guest(name, rng) for name in DISKS]
-        self.disks = [folder / f"{name}.raw" for name in DISKS]
-        for disk in self.disks:
-            disk.write_bytes(bytes(SIZE))
+        (folder / "vda.raw").write_bytes(bytes(SIZE))
+        run(qemu_img, "create", "-q", "-f", "qcow2", folder / "vdb.qcow2", str(SIZE))
+        self.disks = [f"vda={folder}/vda.raw", f"vdb={folder}/vdb.qcow2,format=qcow2"]
         self.kinds: list[str] = []
 
     async def run(self) -> None:
@@ -175,8 +175,8 @@ class World:
 
     async def idle(self, daemon: Daemon) -> None:
         """Wait for what a killed command has started."""
-        for run in await ask(daemon, "query-fleece-backups"):
-            await self.ended(daemon, run)
+        for one in await ask(daemon, "query-fleece-backups"):
+            await self.ended(daemon, one)
 
     def look(self, guest: Guest) -> int:
         """Check every point that is new; return the number of the newest's state."""
@@ -207,7 +207,7 @@ def started(daemon: Daemon, *command: str | Path) -> subprocess.Popen[bytes]:
 async def test_every_point_is_a_state_of_its_disk_whoever_is_killed(
     short_tmp: Path, rng: random.Random, program: Callable[[str], str]
 ) -> None:
-    world = World(short_tmp, rng)
+    world = World(short_tmp, rng, program("qemu-img"))
     await world.run()
 
     assert world.kinds[: len(DISKS)] == ["full"] * len(DISKS)

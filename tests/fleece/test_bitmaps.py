@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import time
 from collections.abc import AsyncIterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdfleece.base.errors import CommandError
+from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.block.bitmap import DirtyBitmap, new_bitmap
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
@@ -270,3 +271,26 @@ async def test_a_snapshot_without_a_bitmap_leaves_all_recording(bench: Bench) ->
     assert not [name for name in contexts if "dirty" in name]
     await bench.delete("vda", succeeded=True)
     assert dirty(bitmap) == {0}
+
+
+async def test_success_settles_nothing_before_the_disk_is_flushed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a crash could take back what is in the copy, and in no bitmap any more."""
+    disk = await bench.add("vda")
+    bitmap = fine(disk.node)
+    await write(disk, 0, b"x")
+    await bench.take("vda")
+
+    async def fail() -> None:
+        raise IoError(errno.EIO, "flush")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.node.driver, "flush", fail)
+        with pytest.raises(CommandError, match="cannot be flushed"):
+            await bench.delete("vda", succeeded=True)
+    assert "s" in disk.snapshots
+    assert dirty(bitmap) == {0}
+
+    await bench.delete("vda", succeeded=True)
+    assert dirty(disk.node.bitmaps["b"]) == set()
