@@ -100,6 +100,7 @@ class Qcow2Driver(Driver):
     def __init__(self, options: Qcow2Options) -> None:
         self._options = options
         self._before = options
+        self._was_read_only = False
         self._image: Image | None = None
         self._writer: Writer | None = None
         self._snapshots: Snapshots | None = None
@@ -129,6 +130,11 @@ class Qcow2Driver(Driver):
             await self._snapshots.load()
             if not self.node.read_only:
                 await opening.make_writable(image)
+            await image.bitmaps.load()
+            if not self.node.read_only:
+                await image.bitmaps.begin()
+            if image.header.version >= 3:
+                self.node.bitmap_keeper = image.bitmaps
         except ImageError as error:
             self._image = None
             raise CommandError(f"Could not open node '{self.node.name}': {error}") from error
@@ -156,6 +162,7 @@ class Qcow2Driver(Driver):
             self._decompressing.close()
             self._decompressing = None
         try:
+            await self.image.bitmaps.store()
             await self.image.settle_all()
         except (IoError, CommandError) as error:
             # As after a crash: the image is whole, and lacks what was not flushed.
@@ -174,6 +181,8 @@ class Qcow2Driver(Driver):
         Qcow2Options.from_qmp(to.options)
         try:
             if not self.node.read_only:
+                if to.read_only:
+                    await image.bitmaps.store()
                 await image.settle_all()
             if self.node.read_only and not to.read_only:
                 opening.check_writable(image.header, may_repair=False)
@@ -185,11 +194,22 @@ class Qcow2Driver(Driver):
     def reopen_apply(self, to: Reopening) -> None:
         """Take over the options; see Driver.reopen_apply."""
         self._before = self._options
+        self._was_read_only = self.node.read_only
         self._take_over(Qcow2Options.from_qmp(to.options))
+        self.image.bitmaps.set_readonly(readonly=to.read_only)
 
     def reopen_undo(self) -> None:
         """Take over those of before; see Driver.reopen_undo."""
         self._take_over(self._before)
+        self.image.bitmaps.set_readonly(readonly=self._was_read_only)
+
+    async def reopen_finish(self) -> None:
+        """Have the bitmaps in use where the node is written; see Driver.reopen_finish."""
+        if not self.node.read_only:
+            try:
+                await self.image.bitmaps.begin()
+            except IoError as error:  # the first write tries again, and fails
+                _log.error("node '%s': bitmaps: %s", self.node.name, error)
 
     def size_now(self) -> int:
         """Return the size of the disk; see Driver.size_now."""

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdfleece.base.errors import CommandError, ImageError, IoError
 from nbdfleece.base.limits import QCOW2_GROW
-from nbdfleece.base.units import align_up
+from nbdfleece.base.units import align_up, ceil_div
+from nbdfleece.block.drivers.qcow2.bitmaps import StoredBitmaps
 from nbdfleece.block.drivers.qcow2.commit import Commit
 from nbdfleece.block.drivers.qcow2.counts import RefcountCache
 from nbdfleece.block.drivers.qcow2.frees import Frees
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _log: Final = logging.getLogger(__name__)
 
 # Autoclear features that stay right whatever is written here.
-KEPT_AUTOCLEAR: Final = h.DATA_FILE_RAW
+KEPT_AUTOCLEAR: Final = h.DATA_FILE_RAW | h.BITMAPS
 
 
 class CacheSizes(NamedTuple):
@@ -61,6 +62,7 @@ class Image:
         lazy: Refcounts are written late.
         writing: Guest clusters whose entries somebody is about to change.
         frees: Host clusters that the disk lets go of (I1).
+        bitmaps: Persistent ones.
         fresh: See I2.
         is_changing: `begin_changes` has been done.
         decompressed: Compressed clusters that were read last, by their L2 entry.
@@ -92,6 +94,7 @@ class Image:
         self.frees: Final = Frees(self)
         self.fresh = align_up(self.file.size, header.cluster_size)
         self.decompressed: dict[int, bytes] = {}
+        self.bitmaps: Final = StoredBitmaps(self)
         self.note_metadata()
 
     # --- where -----------------------------------------------------------------------------
@@ -165,6 +168,17 @@ class Image:
         await self.reach(offset + len(data))
         await self.file.write(offset, memoryview(data), fua=False)
 
+    async def write_new(self, data: bytes) -> int:
+        """Write metadata into new clusters in a row, and return where; the node is drained."""
+        clusters = ceil_div(len(data), self.header.cluster_size)
+        first = await self.counts.allocate_whole(clusters)
+        try:
+            await self.write_file(first << self.header.cluster_bits, data)
+        except IoError:
+            self.counts.give_back(first, clusters)
+            raise
+        return first << self.header.cluster_bits
+
     async def reach(self, end: int) -> None:
         """Make the image's file so long, and some more, that its end is seldom in the way."""
         if self.file.size < end:
@@ -218,6 +232,7 @@ class Image:
                 continue
             self._beginning = asyncio.get_running_loop().create_future()
             try:
+                await self.bitmaps.begin()
                 wanted = replace(
                     self.header,
                     autoclear=self.header.autoclear & KEPT_AUTOCLEAR,

@@ -134,9 +134,9 @@ class Snapshots:
             try:
                 await image.commit.run(with_refcounts=True)
                 await self._unflag()
-                at = await self._write_new(t.dump_entries(image.tables.l1))
+                at = await image.write_new(t.dump_entries(image.tables.l1) or bytes(8))
                 snapshot = snapshot.moved(at, len(image.tables.l1))
-                table = await self._write_new(table_of.encode_table([*self.entries, snapshot]))
+                table = await image.write_new(table_of.encode_table([*self.entries, snapshot]))
             except (CommandError, IoError):
                 await self._sink(image.tables.l1)
                 raise
@@ -157,7 +157,7 @@ class Snapshots:
         left = [each for each in self.entries if each is not snapshot]
         await self._begin()
         try:
-            table = await self._write_new(table_of.encode_table(left))
+            table = await image.write_new(table_of.encode_table(left)) if left else 0
             await self._switch_table(left, table)
             await self._lower(l1, SNAPSHOT)
             if len(l1):
@@ -182,12 +182,15 @@ class Snapshots:
         try:
             await self._raise(l1)
             try:
-                at = await self._write_new(t.dump_entries(l1))
+                at = await image.write_new(t.dump_entries(l1) or bytes(8))
                 await image.commit.run(with_refcounts=True)
             except (CommandError, IoError):
                 await self._sink(l1)
                 raise
             await self._switch_active(size, l1, at)
+            for bitmap in image.node.bitmaps.values():
+                bitmap.resize(size)
+                bitmap.mark(0, size)
         except (CommandError, IoError):
             await self._end_failed()
             raise
@@ -231,20 +234,6 @@ class Snapshots:
             await self._image.settle_all()
         except (CommandError, IoError) as error:
             _log.error("node '%s': behind a failed snapshot: %s", self._image.node.name, error)
-
-    async def _write_new(self, data: bytes) -> int:
-        """Write bytes into new clusters in a row, and return where; 0 where there are none."""
-        image = self._image
-        if not data:
-            return 0
-        clusters = ceil_div(len(data), image.header.cluster_size)
-        first = await image.counts.allocate_whole(clusters)
-        try:
-            await image.write_file(first << image.header.cluster_bits, data)
-        except (CommandError, IoError):
-            image.counts.give_back(first, clusters)
-            raise
-        return first << image.header.cluster_bits
 
     async def _switch_table(self, entries: list[Snapshot], at: int) -> None:
         """Have the header tell of another snapshot table; the counts are on disk then, too."""
