@@ -20,11 +20,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdfleece.block import internal_snapshots
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.block.registry import add_from_options
 from tests.support.driver_kit import remove_all
-from tests.support.power_cut import SECTOR, Acknowledged, Clock, Crashes, RecordingDriver
+from tests.support.power_cut import NEVER, SECTOR, Acknowledged, Clock, Crashes, RecordingDriver
+from tests.support.qcow2_history import read_all
 from tests.support.qcow2_image import Image
 
 pytestmark = [pytest.mark.interop("qemu-img", "qemu-io"), pytest.mark.slow]
@@ -175,9 +177,14 @@ class Run:
             options |= {"discard": "unmap", "backing": backing} | self.kind.open
             node = await add_from_options(graph, options)
             cluster = node.driver.cluster_size()
-            await Guest(node, self.acknowledged, cluster, self.rng).run(requests, depth)
+            guest = Guest(node, self.acknowledged, cluster, self.rng)
+            await self.live(guest, requests, depth)
         finally:
             await remove_all(graph)
+
+    async def live(self, guest: Guest, requests: int, depth: int) -> None:
+        """What happens between opening and closing."""
+        await guest.run(requests, depth)
 
     def cut(self, most: int, samples: int) -> int:
         """Cut the power at that many moments, and return how many files were looked at."""
@@ -225,6 +232,87 @@ class Run:
         found = image.check()
         assert (found.corruptions, found.leaks, found.dirty) == ([], 0, False)
         assert not self.acknowledged.wrong(image.content(), self.clock.now)
+
+
+@dataclass
+class Taken:
+    """An internal snapshot: the disk at its instant, and the moments of its life."""
+
+    name: str
+    content: bytes
+    begun: int
+    made: int = NEVER
+    dying: int = NEVER
+    gone: int = NEVER
+
+
+class SnapshotRun(Run):
+    """As Run, and between the guest's requests internal snapshots come and go."""
+
+    taken: list[Taken]
+
+    async def live(self, guest: Guest, requests: int, depth: int) -> None:
+        self.taken = []
+        node = guest.node
+        for number in range(4):
+            await guest.run(requests, depth)
+            alive = [each for each in self.taken if each.dying == NEVER]
+            if alive and self.rng.random() < 0.4:
+                dying = self.rng.choice(alive)
+                dying.dying = self.clock.tick()
+                await internal_snapshots.delete(node, None, dying.name)
+                dying.gone = self.clock.tick()
+                continue
+            taken = Taken(f"s{number}", await read_all(node), self.clock.tick())
+            start = self.clock.tick()
+            self.taken.append(taken)
+            await internal_snapshots.create(node, taken.name)
+            taken.made = self.clock.tick()
+            self.acknowledged.flushed(start)  # a snapshot is on stable storage, the disk with it
+
+    def _look(self, data: bytes, moment: int, what: str) -> None:
+        super()._look(data, moment, what)
+        image = Image(data)
+        there = {str(each["name"]) for each in image.snapshots()}
+        for each in self.taken:
+            if each.name in there:
+                assert each.begun <= moment, what
+                assert image.content(each.name) == each.content, f"{what}: {each.name}"
+            else:
+                assert not each.made <= moment < each.dying, f"{what}: {each.name} is lost"
+            assert moment < each.gone or each.name not in there, f"{what}: {each.name} is back"
+
+    async def reopen(self, data: bytes, what: str) -> None:
+        """Open what a cut has left, which mends it, and close it: it is clean then."""
+        graph = Graph()
+        file = RecordingDriver(data, self.rng, turns=0)
+        try:
+            await graph.add("file", file, {}, read_only=False, discard_enabled=True)
+            options = {"driver": "qcow2", "node-name": "disk", "file": "file"}
+            node = await add_from_options(graph, options)
+            assert await read_all(node) == Image(data).content(), what
+            await node.write(0, memoryview(b"w" * 512), fua=False)
+        finally:
+            await remove_all(graph)
+        found = Image(bytes(file.content)).check()
+        assert (found.corruptions, found.dirty) == ([], False), what
+
+
+@pytest.mark.deadline(3000)
+@pytest.mark.parametrize("options", ["cluster_size=4096", "cluster_size=512", "lazy_refcounts=on"])
+async def test_a_power_cut_while_snapshots_come_and_go(
+    tmp_path: Path, program: Program, rng: random.Random, options: str, *, long_run: bool
+) -> None:
+    for _ in range(20 if long_run else 1):
+        kind = Kind(options, 128 * KiB, ["write -P 5 0 60k"])
+        run = SnapshotRun(program, tmp_path, kind, rng)
+        await run.history(requests=15, depth=4)
+        run.end()
+        assert run.cut(most=600 if long_run else 60, samples=20 if long_run else 2)
+        crashes = Crashes(run.file)
+        for moment in crashes.moments(rng, 60 if long_run else 10):
+            for how, data in crashes.at(moment, rng):
+                await run.reopen(data, f"{how} at {moment}")
 
 
 @pytest.fixture(autouse=True)

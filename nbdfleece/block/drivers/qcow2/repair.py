@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import ImageError
 from nbdfleece.base.limits import MAX_QCOW2_L1
+from nbdfleece.block.drivers.qcow2.snapshots import flag_own
 from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2 import tables as t
 
@@ -74,6 +75,9 @@ async def repair(image: Image) -> None:
     found = await _count(image)
     await image.counts.set_all(found.get, found.last)
     await image.commit.run(with_refcounts=True)
+    if not image.header.has_data_file:
+        await flag_own(image)
+        await image.commit.run(with_refcounts=True)
     header = image.header
     await image.write_features(replace(header, incompatible=header.incompatible & ~h.DIRTY))
 
@@ -99,14 +103,10 @@ async def _count_l1(image: Image, found: _References, offset: int, l1: Entries[i
     words = 2 if image.geometry.is_extended else 1
     if len(l1):
         found.add(offset, 8 * len(l1))
-    seen: set[int] = set()
     for entry in l1:
         at = t.table_offset(entry, bits)
         if not at:
             continue
-        if at in seen:
-            raise ImageError(f"two L1 entries share the L2 table at {at:#x}")
-        seen.add(at)
         found.add(at, 1)
         table = t.load_entries(await image.read_file(at, 1 << bits))
         for l2_entry in table[::words]:

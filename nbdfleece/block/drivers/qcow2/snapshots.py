@@ -162,7 +162,7 @@ class Snapshots:
             await self._lower(l1, SNAPSHOT)
             if len(l1):
                 image.frees.add(snapshot.l1_offset, 8 * len(l1), SNAPSHOT)
-            await self._flag()
+            await flag_own(self._image)
         except (CommandError, IoError):
             await self._end_failed()
             raise
@@ -213,7 +213,7 @@ class Snapshots:
             image.metadata.difference_update(range(first, first + count))
             image.frees.add(before.l1_table_offset, 8 * before.l1_size, OTHER)
         image.note_metadata()
-        await self._flag()
+        await flag_own(self._image)
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class Snapshots:
     async def _end_failed(self) -> None:
         """Clean up as far as that goes; otherwise the dirty bit stays, and the next open does."""
         try:
-            await self._flag()
+            await flag_own(self._image)
             await self._image.settle_all()
         except (CommandError, IoError) as error:
             _log.error("node '%s': behind a failed snapshot: %s", self._image.node.name, error)
@@ -288,9 +288,9 @@ class Snapshots:
         """
         bits = self._image.header.cluster_bits
         for entry in l1:
-            at = self._table_offset(entry)
+            at = _table_offset(self._image, entry)
             if at:
-                for first, count in _host_runs(self._image, await self._read_table(at)):
+                for first, count in _host_runs(self._image, await _read_table(self._image, at)):
                     yield first, count
                 yield at >> bits, 1
 
@@ -298,55 +298,64 @@ class Snapshots:
         """Have the disk call no cluster its own any more."""
         tables = self._image.tables
         for index, entry in enumerate(tables.l1):
-            at = self._table_offset(entry)
+            at = _table_offset(self._image, entry)
             if not at:
                 continue
-            table = await self._read_table(at)
+            table = await _read_table(self._image, at)
             if _clear_flags(self._image, table):
                 await self._image.write_file(at, t.dump_entries(table))
             tables.l1[index] = entry & ~t.COPIED
             tables.l1_dirty.add(index)
 
-    async def _flag(self) -> None:
-        """Have the disk call those clusters its own that nobody else refers to any more."""
-        image, tables = self._image, self._image.tables
+
+async def flag_own(image: Image) -> None:
+    """Have the disk call those clusters its own that nobody else refers to.
+
+    Nothing is in flight, and no L2 table in memory. Other flags than those of clusters that may
+    be called so do not change.
+
+    Raises:
+        IoError: It failed; the rest are not called so, which is right, too.
+    """
+    tables = image.tables
+    await image.commit.run(with_refcounts=True)
+    while image.frees.waiting:
         await image.commit.run(with_refcounts=True)
-        while image.frees.waiting:
-            await image.commit.run(with_refcounts=True)
-        for index, entry in enumerate(tables.l1):
-            at = self._table_offset(entry)
-            if not at:
-                continue
-            table = await self._read_table(at)
-            if await self._set_flags(table):
-                await image.write_file(at, t.dump_entries(table))
-            if await image.counts.count(at >> image.header.cluster_bits) == 1:
-                tables.l1[index] = entry | t.COPIED
-                tables.l1_dirty.add(index)
+    for index, entry in enumerate(tables.l1):
+        at = _table_offset(image, entry)
+        if not at:
+            continue
+        table = await _read_table(image, at)
+        if await _set_flags(image, table):
+            await image.write_file(at, t.dump_entries(table))
+        if await image.counts.count(at >> image.header.cluster_bits) == 1:
+            tables.l1[index] = entry | t.COPIED
+            tables.l1_dirty.add(index)
 
-    async def _set_flags(self, table: Entries[int]) -> bool:
-        """Set the flags of an L2 table; tell whether there was one to set."""
-        image = self._image
-        words = 2 if image.geometry.is_extended else 1
-        has_changed = False
-        for index in range(0, len(table), words):
-            entry = table[index]
-            host = entry & t.OFFSET_MASK
-            if not host or entry & (t.COMPRESSED_FLAG | t.COPIED):
-                continue
-            if await image.counts.count(host >> image.header.cluster_bits) == 1:
-                table[index] = entry | t.COPIED
-                has_changed = True
-        return has_changed
 
-    def _table_offset(self, entry: int) -> int:
-        try:
-            return t.table_offset(entry, self._image.header.cluster_bits)
-        except ImageError as error:
-            raise self._image.damaged(error) from error
+async def _set_flags(image: Image, table: Entries[int]) -> bool:
+    """Set the flags of an L2 table; tell whether there was one to set."""
+    has_changed = False
+    for index in range(0, len(table), 2 if image.geometry.is_extended else 1):
+        entry = table[index]
+        host = entry & t.OFFSET_MASK
+        if not host or entry & (t.COMPRESSED_FLAG | t.COPIED):
+            continue
+        if await image.counts.count(host >> image.header.cluster_bits) == 1:
+            table[index] = entry | t.COPIED
+            has_changed = True
+    return has_changed
 
-    async def _read_table(self, at: int) -> Entries[int]:
-        return t.load_entries(await self._image.read_file(at, self._image.header.cluster_size))
+
+def _table_offset(image: Image, entry: int) -> int:
+    try:
+        return t.table_offset(entry, image.header.cluster_bits)
+    except ImageError as error:
+        raise image.damaged(error) from error
+
+
+async def _read_table(image: Image, at: int) -> Entries[int]:
+    return t.load_entries(await image.read_file(at, image.header.cluster_size))
 
 
 async def read_l1(image: Image, snapshot: Snapshot) -> Entries[int]:
