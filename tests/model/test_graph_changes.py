@@ -61,6 +61,10 @@ class Guest:
             self.requests += 1
 
 
+class NothingToDo(Exception):
+    """The change that was drawn makes no sense now."""
+
+
 class Changes:
     """Makes random changes over one monitor."""
 
@@ -73,6 +77,7 @@ class Changes:
         self.overlays: dict[str, object] = {}  # what is behind each
         self.exports: list[str] = []
         self.by_hand: list[str] = []  # what a fleecing by hand has made, in order
+        self.may_overlay = False  # what comes after an overlay can no more be by hand, or moved
         self.drive = "top"  # of the live export
         self.drive_before = "top"  # below the filter of the fleecing by hand
         self.snapshots: list[str] = []
@@ -126,9 +131,11 @@ class Changes:
     async def one(self) -> None:
         kinds = (self.add, self.delete, self.rewire, self.rewire, self.reopen_file, self.snapshot)
         more = (self.move, self.fleece_by_hand, self.limit, self.fault, self.export, self.overlay)
-        change = self.rng.choice((*kinds, *more, self.transact, self.wrong))
+        change = self.rng.choice((*kinds, *more, self.transact, self.transact, self.wrong))
         try:
             await change()
+        except NothingToDo:
+            pass
         except CommandFailed as error:
             text = str(error)
             assert "internal error" not in text, text
@@ -139,19 +146,23 @@ class Changes:
 
     async def add(self) -> None:
         if len(self.files) >= MOST_NODES:
-            return
+            raise NothingToDo
         self.made += 1
         name, file = f"n{self.made}", self.rng.choice(["file", *self.files, *self.faults])
         await self.ask("blockdev-add", **self.raw_options(name, file))
         self.files[name] = file
 
     async def delete(self) -> None:
+        if not self.files:
+            raise NothingToDo
         name = self.rng.choice(sorted(self.files))
         await self.ask("blockdev-del", node_name=name)
         del self.files[name]
 
     async def rewire(self) -> None:
         """Reopen one to three nodes with files chosen at random: often a cycle."""
+        if not self.files:
+            raise NothingToDo
         names = self.rng.sample(sorted(self.files), self.rng.randrange(min(3, len(self.files))) + 1)
         files = {name: self.rng.choice(["file", *sorted(self.files)]) for name in names}
         options = [self.raw_options(name, file) for name, file in files.items()]
@@ -175,16 +186,20 @@ class Changes:
         elif self.snapshots:
             name = self.snapshots.pop(self.rng.randrange(len(self.snapshots)))
             await self.ask("fleece-snapshot-delete", disk="vda", snapshot=name)
+        else:
+            raise NothingToDo
 
     async def transact(self) -> None:
         """Snapshot, backup and new nodes at once, in any order that can be; half are refused."""
         if len(self.snapshots) >= MOST_SNAPSHOTS:
-            return
+            oldest = self.snapshots.pop(0)
+            await self.ask("fleece-snapshot-delete", disk="vda", snapshot=oldest)
         self.made += 1
         name, target, job = (f"{kind}{self.made}" for kind in "stj")
+        source = next(iter(self.files), "file")
         null = {"driver": "null-co", "node-name": target, "size": SIZE}
         backup = {"job-id": job, "device": "vda", "target": target, "sync": "full"}
-        on_top = {"job-id": f"{job}x", "device": "top", "target": f"{target}x", "sync": "none"}
+        on_top = {"job-id": f"{job}x", "device": source, "target": f"{target}x", "sync": "none"}
         actions = [
             ("blockdev-add", null),
             ("blockdev-backup", backup),
@@ -214,8 +229,8 @@ class Changes:
     async def move(self) -> None:
         """Put another node under the live export, which shows the same."""
         wanted = self.rng.choice(["file", *self.files, *self.faults])
-        if self.overlays or self.by_hand:
-            wanted = self.drive
+        if self.overlays or self.by_hand or wanted == self.drive:
+            raise NothingToDo
         await self.ask("qom-set", path=LIVE, property="drive", value=wanted)
         self.drive = wanted
 
@@ -235,8 +250,8 @@ class Changes:
             self.by_hand.pop()
 
     async def begin_by_hand(self) -> None:
-        if self.overlays:
-            return
+        if self.may_overlay:
+            raise NothingToDo
         self.drive_before = self.drive
         await self.ask("blockdev-add", driver="null-co", size=SIZE, node_name="temp")
         self.by_hand.append("temp")
@@ -270,6 +285,8 @@ class Changes:
             name = self.rng.choice(sorted(self.faults))
             await self.ask("blockdev-del", node_name=name)
             del self.faults[name]
+        else:
+            raise NothingToDo
 
     async def export(self) -> None:
         """Offer a node to readers, or no more."""
@@ -280,11 +297,15 @@ class Changes:
             self.exports.append(name)
         elif self.exports:
             await self.ask("block-export-del", id=self.exports.pop())
+        else:
+            raise NothingToDo
 
     async def overlay(self) -> None:
         """Put an overlay above the live disk, a few times in all; guests never leave it."""
-        if self.by_hand or len(self.overlays) == MOST_OVERLAYS or self.rng.random() < 0.8:
-            return
+        if len(self.overlays) == MOST_OVERLAYS or not self.may_overlay:
+            raise NothingToDo
+        if self.by_hand:
+            await self.fleece_by_hand()
         name, path = f"ov{len(self.overlays)}", f"{self.image}.ov{len(self.overlays)}"
         await self.make(driver="file", filename=path, size=0)
         await self.ask("blockdev-add", driver="file", node_name=f"{name}-file", filename=path)
@@ -367,7 +388,8 @@ async def load(daemon: Daemon, changes: Changes, rng: random.Random, count: int)
             for guest in guests:
                 tasks.create_task(guest.run(stop))
             try:
-                for _ in range(count):
+                for number in range(count):
+                    changes.may_overlay = number > count * 2 // 3
                     await changes.one()
             finally:
                 stop.set()
