@@ -156,3 +156,38 @@ async def test_files_that_are_no_image_are_refused(graph: Graph, tmp_path: Path)
         with pytest.raises(CommandError, match="not in qcow2 format"):
             await add_from_options(graph, options(path))
     assert list(graph) == []
+
+
+async def test_an_image_is_called_by_its_file_unless_its_backing_is_another(
+    graph: Graph, tmp_path: Path
+) -> None:
+    path = chain(tmp_path)
+    node = await add_from_options(graph, options(path))
+    assert node.driver.image_name() == str(path)
+    about = node.driver.image_info()
+    assert about["backing-filename"] == "base"
+    assert about["full-backing-filename"] == str(tmp_path / "base")
+    assert about["backing-filename-format"] == "raw"
+    assert about["cluster-size"] == 65536
+    assert about["format-specific"] == {
+        "type": "qcow2",
+        "data": {
+            "compat": "1.1",
+            "compression-type": "zlib",
+            "lazy-refcounts": False,
+            "refcount-bits": 16,
+            "corrupt": False,
+            "extended-l2": False,
+        },
+    }
+    await graph.remove(node)
+    node = await add_from_options(graph, options(path, backing=None))
+    assert node.driver.image_name().startswith("json:")
+    await graph.remove(node)
+    plain = make_qcow2(tmp_path / "plain.qcow2", replace(IMAGE, version=2))
+    node = await add_from_options(graph, options(plain, backing=None))
+    assert node.driver.image_name() == str(plain)
+    assert node.driver.image_info()["format-specific"] == {
+        "type": "qcow2",
+        "data": {"compat": "0.10", "compression-type": "zlib", "refcount-bits": 16},
+    }

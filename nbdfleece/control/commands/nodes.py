@@ -170,6 +170,8 @@ async def describe(node: Node, *, flat: bool = False) -> Mapping[str, Json]:
     }
     if node.bitmaps:
         answer["dirty-bitmaps"] = _bitmaps(node)
+    if node.backing is not None:
+        answer["backing_file"] = node.backing.node.driver.image_name()
     behind = [] if flat else _behind(node)
     images = [(_image(found), found.driver) for found in (node, *behind)]
     answer["backing_file_depth"] = len(behind)

@@ -42,6 +42,7 @@ _log: Final = logging.getLogger(__name__)
 _DECOMPRESSED: Final = 16  # clusters that are kept, for reads in small pieces
 _DECOMPRESS_THREADS: Final = 2
 _STATUS_EXTENTS: Final = 4096  # most extents found by one call
+_STATUS_ENTRIES: Final = 1 << 18  # most L2 entries looked at by one call, which others wait for
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,9 +421,10 @@ class Qcow2Driver(Driver):
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """See Driver.block_status."""
         found: list[Extent] = []
-        end = offset + length
-        while offset < end and len(found) < _STATUS_EXTENTS:
+        end, bits, looked_at = offset + length, self.image.geometry.cluster_bits, 0
+        while offset < end and len(found) < _STATUS_EXTENTS and looked_at < _STATUS_ENTRIES:
             run = await self._run(offset, end - offset)
+            looked_at += 0 if run.kind == t.UNALLOCATED else run.length >> bits
             if run.kind == t.UNALLOCATED:
                 found += await self._backing_status(offset, run.length)
             elif run.kind == t.ZERO_PLAIN:
@@ -442,9 +444,10 @@ class Qcow2Driver(Driver):
     async def allocation_depth(self, offset: int, length: int) -> list[Extent]:
         """See Driver.allocation_depth."""
         found: list[Extent] = []
-        end = offset + length
-        while offset < end and len(found) < _STATUS_EXTENTS:
+        end, bits, looked_at = offset + length, self.image.geometry.cluster_bits, 0
+        while offset < end and len(found) < _STATUS_EXTENTS and looked_at < _STATUS_ENTRIES:
             run = await self._run(offset, end - offset)
+            looked_at += 0 if run.kind == t.UNALLOCATED else run.length >> bits
             if run.kind == t.UNALLOCATED:
                 found += await self._backing_depth(offset, run.length)
             else:
@@ -526,9 +529,11 @@ class Qcow2Driver(Driver):
     def image_name(self) -> str:
         """Return the name of the image's file, unless its children were told otherwise."""
         spec, edge = self.node.spec, self.node.file
-        if spec is not None and spec.children.keys() - {"file"}:
-            return super().image_name()
-        return super().image_name() if edge is None else edge.node.driver.image_name()
+        told = {} if spec is None else {**spec.children, "file": None}
+        is_plain = not any(told.values()) and (
+            "backing" not in told or self.image.header.backing_file is None
+        )
+        return edge.node.driver.image_name() if edge and is_plain else super().image_name()
 
     def image_info(self) -> dict[str, object]:
         """See Driver.image_info."""

@@ -23,7 +23,7 @@ from nbdfleece.base.limits import MAX_QCOW2_FREES, ZERO_PIECE
 from nbdfleece.base.units import align_down, align_up
 from nbdfleece.block.drivers.qcow2.commit import all_of, ended
 from nbdfleece.block.drivers.qcow2.counts import OTHER, REQUEST
-from nbdfleece.datapath.step import background
+from nbdfleece.datapath.step import background, let_others_run
 from nbdfleece.formats.qcow2 import tables as t
 
 if TYPE_CHECKING:
@@ -460,6 +460,8 @@ class Writer:
             if len(image.frees.waiting) > MAX_QCOW2_FREES:
                 await image.commit.run()
             offset = stop
+            if offset < end:
+                await let_others_run()  # a terabyte has thousands of tables
 
     def _zero_units(self, table: L2Table, offset: int, length: int, *, may_unmap: bool) -> None:
         mask = (1 << self._geometry.l2_bits) - 1
