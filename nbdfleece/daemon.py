@@ -332,6 +332,9 @@ class Daemon:
         with contextlib.suppress(OSError):  # nobody reads: no reason not to serve
             sys.stdout.flush()
         _notify(f"READY=1\nSTATUS=serving {len(list(self._exports))} disks")
+        interval_s = _watchdog_interval_s(os.environ, os.getpid())
+        if interval_s is not None:
+            _keep_alive(asyncio.get_running_loop(), interval_s)
         _log.info("nbdfleece %s is ready", __version__)
 
     # --- the end ---------------------------------------------------------------------------------
@@ -524,6 +527,28 @@ def _notify(state: str) -> None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.connect(address)
         sock.send(state.encode())
+
+
+def _watchdog_interval_s(environ: Mapping[str, str], pid: int) -> float | None:
+    """Return how often the service manager is to hear that we live (sd_watchdog_enabled(3)).
+
+    Half of the time that it waits for that; None: it does not.
+    """
+    limit = environ.get("WATCHDOG_USEC", "")
+    if not limit.isdecimal() or int(limit) == 0:
+        return None
+    if environ.get("WATCHDOG_PID", str(pid)) != str(pid):
+        return None
+    return int(limit) / 2_000_000
+
+
+def _keep_alive(loop: asyncio.AbstractEventLoop, interval_s: float) -> None:
+    """Tell the service manager, now and for as long as the loop turns, that it does.
+
+    A disk that is stuck stops no loop: restarting the daemon would not mend it.
+    """
+    _notify("WATCHDOG=1")
+    loop.call_later(interval_s, _keep_alive, loop, interval_s)
 
 
 def _monotonic_us() -> int:

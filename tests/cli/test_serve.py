@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.base.errors import OptionRefused
+from nbdfleece.daemon import _watchdog_interval_s
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.server import tls
 from tests.support.daemon_process import Daemon, make_disk, nbdfleece
@@ -419,6 +420,58 @@ def test_the_service_manager_hears_of_ready_and_stopping(
             daemon.process.send_signal(signal.SIGTERM)
             assert sock.recv(1000) == b"STOPPING=1"
             assert daemon.process.wait(20) == 0
+
+
+def receive_for_ever(sock: socket.socket) -> None:
+    while True:
+        sock.recv(1000)
+
+
+def test_the_service_manager_hears_that_the_loop_turns(
+    short_tmp: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support import daemon_process
+
+    plain = daemon_process.environment
+    path = str(short_tmp / "notify")
+    monkeypatch.setattr(
+        daemon_process,
+        "environment",
+        lambda **extra: plain(NOTIFY_SOCKET=path, WATCHDOG_USEC="100000", **extra),
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(path)
+        sock.settimeout(20)
+        with Daemon(short_tmp, f"vda={disk}") as daemon:
+            assert sock.recv(1000).startswith(b"READY=1")
+            assert [sock.recv(1000) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+            # A loop that does not turn is what the manager wants to know.
+            daemon.process.send_signal(signal.SIGSTOP)
+            sock.settimeout(1)
+            with pytest.raises(TimeoutError):
+                receive_for_ever(sock)
+            daemon.process.send_signal(signal.SIGCONT)
+            sock.settimeout(20)
+            assert sock.recv(1000) == b"WATCHDOG=1"
+            daemon.process.send_signal(signal.SIGTERM)
+            assert daemon.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("environ", "seconds"),
+    [
+        ({}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+        ({"WATCHDOG_USEC": "3000000"}, 1.5),
+        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "42"}, 1.5),
+        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "41"}, None),
+    ],
+)
+def test_how_often_the_service_manager_wants_to_hear_of_us(
+    environ: dict[str, str], seconds: float | None
+) -> None:
+    assert _watchdog_interval_s(environ, 42) == seconds
 
 
 @pytest.mark.interop("nbdcopy")
