@@ -26,6 +26,7 @@ from nbdfleece.backup.layers import Layers
 from nbdfleece.backup.names import MANIFEST, PARTIAL, time_prefix
 from nbdfleece.backup.prune import check_hashes
 from nbdfleece.backup.verify import check_image
+from nbdfleece.base.disk_argument import is_nbd_uri
 from nbdfleece.base.errors import ConfigError, IoError
 from nbdfleece.base.extent import ZERO
 from nbdfleece.base.limits import BACKUP_WRITES, JOB_STATUS_PIECE
@@ -34,7 +35,7 @@ from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.host_device import HostDeviceDriver
 from nbdfleece.block.drivers.locks import Locking
 from nbdfleece.block.drivers.nbd.driver import NbdDriver
-from nbdfleece.block.drivers.nbd.uri import is_nbd_uri, parse_nbd_uri
+from nbdfleece.block.drivers.nbd.uri import parse_nbd_uri
 from nbdfleece.block.graph import Graph
 
 if TYPE_CHECKING:

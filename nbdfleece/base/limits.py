@@ -81,6 +81,7 @@ MAX_NODE_NAME: Final = 31  # as QEMU
 MAX_BITMAP_NAME: Final = 1023  # bytes; as QEMU
 MAX_BITMAP_RUNS: Final = 4096  # of a bitmap, looked at by one status call
 MAX_DISK_NAME: Final = 64
+MAX_MAP_EXTENTS: Final = 16384  # of one answer of query-fleece-map, and some more; then ask on
 MAX_THROTTLE_GROUPS: Final = 4096  # a group per disk, and some more
 MAX_STATS_INTERVALS: Final = 16  # of one accounting: each costs every request
 MAX_HISTOGRAM_BINS: Final = 4096  # of one histogram

@@ -35,12 +35,9 @@ class Parser(argparse.ArgumentParser):
 # Commands with a name and no code yet: refused in one line.
 NOT_BUILT: Final = frozenset(
     {
-        ("disk",),
         ("snapshot", "reset"),
         ("clone",),
         ("rollback",),
-        ("map",),
-        ("completion",),
         ("check",),
     }
 )
@@ -64,14 +61,17 @@ def build_parser(version: str) -> Parser:
     parser.add_argument("--version", action="version", version=f"nbdfleece {version}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
+    _add_disk(commands)
     _add_snapshot(commands)
     _add_bitmap(commands)
     _add_backup(commands)
     _add_restore(commands)
     _add_status(commands)
+    _add_map(commands)
     _add_client(commands)
     _add_qmp(commands)
     _add_pki(commands)
+    _add_completion(commands)
     # Only for the list of commands: its options are read by cli.storage_daemon.
     commands.add_parser(
         "storage-daemon", help="serve what qemu-storage-daemon's options say", add_help=False
@@ -101,7 +101,7 @@ def _add_serve(commands: _Commands) -> None:
         "disks",
         nargs="*",
         metavar="DISK",
-        help="[NAME=]LOCATION[,key=value...] with the keys format=raw, read-only=on|off, "
+        help="[NAME=]LOCATION[,key=value...] with the keys format=raw|qcow2, read-only=on|off, "
         "discard=unmap|ignore, cache=writeback|none, locking=on|off",
     )
     text = _Adder(parser)
@@ -161,6 +161,65 @@ def _add_serve_limits(parser: Parser) -> None:
     )
 
 
+def _add_disk(commands: _Commands) -> None:
+    group = _add(
+        commands, "disk", "serve more disks, or fewer, at run time", "disk list"
+    ).add_subparsers(metavar="SUBCOMMAND", required=True)
+    add = _add(
+        group,
+        "add",
+        "serve one more disk, and print NAME URI",
+        "disk add vdb=/srv/vm/data.raw,discard=ignore",
+    )
+    add.set_defaults(command="disk add")
+    add.add_argument(
+        "disk",
+        metavar="DISK",
+        help="[NAME=]LOCATION[,key=value...], as for serve",
+    )
+    _add_common(add)
+    remove = _add(group, "remove", "serve a disk no more", "disk remove vdb")
+    remove.set_defaults(command="disk remove")
+    remove.add_argument("disk", metavar="NAME", help="name of a disk")
+    _switch(remove, "--force", "also under its clients, and with its snapshots")
+    _add_common(remove, json=False)
+    listing = _add(group, "list", "list the disks", "disk list --json")
+    listing.set_defaults(command="disk list")
+    _add_common(listing, quiet="print names only")
+
+
+def _add_map(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "map",
+        "show what a disk or a snapshot holds where",
+        "map vda@nightly --svg nightly.svg",
+    )
+    parser.set_defaults(command="map")
+    parser.add_argument("export", metavar="DISK|DISK@NAME", help="a disk, or a snapshot of it")
+    text = _Adder(parser)
+    text("--bitmap", "show too what is dirty in this bitmap of the disk", "NAME")
+    text("--svg", "draw it into a file, and print nothing", "FILE")
+    _add_common(parser)
+
+
+def _add_completion(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "completion",
+        "print what makes a shell complete nbdfleece's commands",
+        "completion bash > /etc/bash_completion.d/nbdfleece",
+    )
+    parser.set_defaults(command="completion")
+    parser.add_argument(
+        "shell",
+        choices=("bash", "zsh", "fish"),
+        metavar="bash|zsh|fish",
+        help="which shell",
+    )
+    _add_verbosity(parser)
+
+
 def _add_snapshot(commands: _Commands) -> None:
     group = _add(
         commands, "snapshot", "take, look at and delete snapshots", "snapshot create vda vdb"
@@ -196,7 +255,7 @@ def _add_snapshot(commands: _Commands) -> None:
     listing = _add(group, "list", "list the snapshots", "snapshot list vda")
     listing.set_defaults(command="snapshot list")
     listing.add_argument("disk", nargs="?", metavar="DISK", help="of this disk alone")
-    _add_common(listing)
+    _add_common(listing, quiet="print DISK@NAME only")
     show = _add(
         group, "show", "show all there is to say of a snapshot", "snapshot show vda@nightly"
     )
@@ -452,17 +511,17 @@ def _switch(parser: Parser, name: str, text: str) -> None:
     parser.add_argument(name, action="store_true", default=None, help=text)
 
 
-def _add_common(parser: Parser, *, json: bool = True) -> None:
+def _add_common(parser: Parser, *, json: bool = True, quiet: str = "say less") -> None:
     parser.add_argument("--control", metavar="PATH", help="control socket of the daemon")
     if json:
         parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    _add_verbosity(parser)
+    _add_verbosity(parser, quiet)
 
 
-def _add_verbosity(parser: Parser) -> None:
+def _add_verbosity(parser: Parser, quiet: str = "say less") -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("-v", "--verbose", action="store_true", help="say more")
-    group.add_argument("-q", "--quiet", action="store_true", help="say less")
+    group.add_argument("-q", "--quiet", action="store_true", help=quiet)
 
 
 class _Later(argparse.Action):

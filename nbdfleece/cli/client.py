@@ -33,7 +33,7 @@ class CommandFailed(NbdfleeceError):
     """The daemon says why a command failed.
 
     Attributes:
-        reason: `not-found`, `in-use`, or empty.
+        reason: `not-found`, `in-use`, `broken`, `usage`, or empty.
     """
 
     def __init__(self, text: str, reason: str) -> None:

@@ -32,17 +32,30 @@ def kick(args: argparse.Namespace) -> int:
     return DONE
 
 
-def print_clients(rows: Sequence[Row]) -> None:
-    """Print a table of clients."""
+def print_clients(rows: Sequence[Row], since: tuple[Sequence[Row], float] | None = None) -> None:
+    """Print a table of clients.
+
+    Args:
+        rows: They.
+        since: What there was to say of them so many seconds ago, to show rates; None: show sums.
+    """
+    earlier = {} if since is None else {row.number("id"): row for row in since[0]}
+
+    def moved(row: Row, name: str) -> str:
+        if since is None:
+            return output.size(row.number(name))
+        before = earlier.get(row.number("id"), Row(None)).number(name)
+        return f"{output.size(int((row.number(name) - before) / max(since[1], 0.001)))}/s"
+
     output.print_table(
-        ("CLIENT", "EXPORT", "REQUESTS", "READ", "WRITTEN", "TLS", "IDENTITY", "PEER"),
+        (">CLIENT", "EXPORT", ">REQUESTS", ">READ", ">WRITTEN", "TLS", "IDENTITY", "PEER"),
         [
             (
                 str(row.number("id")),
                 output.shown(row.text("export")) or "-",
                 str(row.number("requests")),
-                output.size(row.number("bytes-read")),
-                output.size(row.number("bytes-written")),
+                moved(row, "bytes-read"),
+                moved(row, "bytes-written"),
                 row.text("tls") or "-",
                 output.shown(row.text("identity")) or "-",
                 output.shown(row.text("peer")),

@@ -18,7 +18,12 @@ NOT_FOUND: Final = 5
 BROKEN: Final = 6
 PARTLY: Final = 7
 
-_REASONS: Final = {"not-found": NOT_FOUND, "in-use": REFUSED}
+_REASONS: Final = {
+    "not-found": NOT_FOUND,
+    "in-use": REFUSED,
+    "broken": BROKEN,
+    "usage": USAGE,
+}
 _CLASSES: Final[tuple[tuple[type[NbdfleeceError], int], ...]] = (
     (UsageError, USAGE),
     (ConfigError, USAGE),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from nbdfleece.backup.hooks import HookFailed, TooLate
 from nbdfleece.cli import output
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from nbdfleece.cli.output import Cell
     from nbdfleece.protocol.qmp.values import Json
+
+
+_NEARLY_FULL: Final = 0.8  # of a snapshot's limit
 
 
 def create(args: argparse.Namespace) -> int:
@@ -79,6 +82,8 @@ def list_all(args: argparse.Namespace) -> int:
         )
     if args.json:
         output.print_json([row.value for row in found])
+    elif args.quiet:
+        print(*(f"{row.text('export')}\n" for row in found), sep="", end="")
     elif found:
         print_list(found)
     return DONE
@@ -87,7 +92,7 @@ def list_all(args: argparse.Namespace) -> int:
 def print_list(found: list[Row]) -> None:
     """Print snapshots as a table."""
     output.print_table(
-        ("NAME", "DISK", "INSTANT", "AGE", "SIZE", "HELD", "STATE", "READERS"),
+        ("NAME", "DISK", "INSTANT", ">AGE", ">SIZE", ">HELD", ">READERS", "STATE"),
         [
             (
                 row.text("snapshot"),
@@ -95,13 +100,22 @@ def print_list(found: list[Row]) -> None:
                 row.text("instant"),
                 output.age(row.text("instant")),
                 output.size(row.number("size")),
-                output.size(row.number("temp-bytes")),
-                state(row),
+                _held(row),
                 str(row.number("readers")),
+                state(row),
             )
             for row in found
         ],
     )
+
+
+def _held(row: Row) -> Cell:
+    """Return the space that a snapshot takes, and how much it may."""
+    held, limit = row.number("temp-bytes"), row.number("temp-limit")
+    if not limit:
+        return output.size(held)
+    text = f"{output.size(held)} of {output.size(limit)}"
+    return (text, output.YELLOW) if held > limit * _NEARLY_FULL else text
 
 
 def state(row: Row) -> Cell:

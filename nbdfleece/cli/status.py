@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece.cli import output
 from nbdfleece.cli.client import Client, Row
 from nbdfleece.cli.clients import print_clients
+from nbdfleece.cli.disks import print_disks
 from nbdfleece.cli.exits import BROKEN, DONE, FAILED, complain
 from nbdfleece.cli.paths import control_socket
 from nbdfleece.cli.snapshot import print_list
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 _REDRAW_S: Final = 2.0
 _CLEAR: Final = "\033[H\033[2J"
+_GAUGE: Final = 20  # characters
 _LITTLE_SPACE: Final = 0.05  # of the file system of the temporary images
 
 
@@ -24,6 +27,7 @@ class Picture:
     """Everything that `status` shows, asked for at once."""
 
     def __init__(self, client: Client) -> None:
+        self.time = time.monotonic()
         self.daemon = Row(client.execute("query-fleece-status"))
         self.disks = client.query("query-fleece-disks")
         self.snapshots = client.query("query-fleece-snapshots")
@@ -51,19 +55,33 @@ class Picture:
 
 
 def status(args: argparse.Namespace) -> int:
-    """Show how the daemon is doing."""
+    """Show how the daemon is doing; with --watch until it is interrupted, which is no failure."""
     with Client(control_socket(args.control)) as client:
-        while True:
-            picture = Picture(client)
-            if args.watch:
-                print(_CLEAR, end="")
-            if args.json:
-                _print_json(picture)
-            else:
-                _print(picture)
-            if not args.watch:
-                return DONE
-            time.sleep(_REDRAW_S)
+        if not args.watch:
+            _print_all(Picture(client), args, None)
+            return DONE
+        before: Picture | None = None
+        on_screen = sys.stdout.isatty() and not args.json
+        try:
+            while True:
+                picture = Picture(client)
+                if on_screen:
+                    print(_CLEAR, end="")
+                elif before is not None and not args.json:
+                    print()
+                _print_all(picture, args, before)
+                sys.stdout.flush()
+                before = picture
+                time.sleep(_REDRAW_S)
+        except KeyboardInterrupt:
+            return DONE
+
+
+def _print_all(picture: Picture, args: argparse.Namespace, before: Picture | None) -> None:
+    if args.json:
+        _print_json(picture)
+    else:
+        _print(picture, before)
 
 
 def health(args: argparse.Namespace) -> int:
@@ -93,39 +111,34 @@ def _print_json(picture: Picture) -> None:
     )
 
 
-def _print(picture: Picture) -> None:
+def _print(picture: Picture, before: Picture | None) -> None:
+    """Print everything; with rates where an earlier picture tells of them."""
     daemon = picture.daemon
     temp = daemon.row("temp")
-    free, total = output.size(temp.number("free")), output.size(temp.number("total"))
+    free, total = temp.number("free"), temp.number("total")
+    space = f"{output.size(free)} free of {output.size(total)} in {temp.text('path')}"
+    listening = daemon.texts("listen")
+    labels = ["listening", *[""] * (len(listening) - 1)]
+    warnings = picture.warnings()
     output.print_facts(
         [
             ("daemon", f"nbdfleece {daemon.text('version')}, pid {daemon.number('pid')}"),
             ("running", f"{output.age(daemon.text('started'))}, since {daemon.text('started')}"),
-            *(("listening", address) for address in daemon.texts("listen")),
-            ("temporary", f"{free} free of {total} in {temp.text('path')}"),
+            *zip(labels, listening, strict=False),
+            ("space", f"{output.gauge(total - free, total, _GAUGE)} {space}"),
+            *[("warning", (text, output.RED)) for text in warnings],
+            *([] if warnings else [("health", ("all is well", output.GREEN))]),
         ]
     )
-    for warning in picture.warnings():
-        output.print_facts([("warning", (warning, output.RED))])
     if picture.disks:
         print()
-        output.print_table(
-            ("DISK", "SIZE", "MODE", "SNAPSHOTS", "CLIENTS", "LOCATION"),
-            [
-                (
-                    row.text("disk"),
-                    output.size(row.number("size")),
-                    "ro" if row.value.get("read-only") else "rw",
-                    str(row.number("snapshots")),
-                    str(row.number("clients")),
-                    output.shown(row.text("location")),
-                )
-                for row in picture.disks
-            ],
-        )
+        print_disks(picture.disks)
     if picture.snapshots:
         print()
         print_list(picture.snapshots)
     if picture.clients:
         print()
-        print_clients(picture.clients)
+        if before is None:
+            print_clients(picture.clients)
+        else:
+            print_clients(picture.clients, (before.clients, picture.time - before.time))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
-from nbdfleece.base.errors import CommandError, InUse, NbdfleeceError, NotFound
+from nbdfleece.base.errors import CommandError, ConfigError, InUse, NbdfleeceError, NotFound
 from nbdfleece.control.commands import COMMANDS
+from nbdfleece.fleece.errors import SnapshotBroken
 from nbdfleece.protocol.qmp import messages
 from nbdfleece.protocol.qmp.schema import Arguments
 
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_REASONS: Final = ((NotFound, "not-found"), (InUse, "in-use"))
+_REASONS: Final = (
+    (NotFound, "not-found"),
+    (InUse, "in-use"),
+    (SnapshotBroken, "broken"),
+    (ConfigError, "usage"),
+)
 
 
 class CommandNotFound(CommandError):
@@ -53,12 +59,9 @@ class Dispatcher:
         identity = messages.request_id(message)
         try:
             return messages.success(await self._run(message), identity)
-        except CommandError as error:
-            return messages.failure(
-                error.qmp_class, str(error), identity, reason=_reason(message, error)
-            )
         except NbdfleeceError as error:
-            return messages.failure(CommandError.qmp_class, str(error), identity)
+            kind = error.qmp_class if isinstance(error, CommandError) else CommandError.qmp_class
+            return messages.failure(kind, str(error), identity, reason=_reason(message, error))
         except Exception as error:  # noqa: BLE001 - a fault of ours ends one command
             _log.exception("command failed by a fault of nbdfleece")
             return messages.failure(
@@ -85,7 +88,7 @@ class Dispatcher:
         return result
 
 
-def _reason(message: Mapping[str, Json], error: CommandError) -> str | None:
+def _reason(message: Mapping[str, Json], error: NbdfleeceError) -> str | None:
     """Sort an error for our own command line; QEMU's commands answer as QEMU does."""
     execute = message.get("execute")
     if not isinstance(execute, str) or "fleece-" not in execute:

@@ -17,6 +17,10 @@ class SnapshotNotFound(NotFound):
     """There is no snapshot of that name."""
 
 
+class SnapshotBroken(CommandError):
+    """Old data could not be saved: the point in time is lost."""
+
+
 class NameTaken(InUse):
     """A disk or a snapshot of that name is there already."""
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
+from nbdfleece.block.bitmap import find_bitmap
 from nbdfleece.block.bitmap_files import DiskBitmaps, identity_of
 from nbdfleece.block.drain import in_time, quiet
 from nbdfleece.block.graph import above
@@ -25,7 +26,7 @@ from nbdfleece.block.node import Node
 from nbdfleece.fleece.change import remove_export
 from nbdfleece.fleece.disk import Disk, add_node, identity, last_change
 from nbdfleece.fleece.drive import set_drive
-from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotNotFound
+from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotBroken, SnapshotNotFound
 from nbdfleece.fleece.io_limits import drop_unused_limits
 from nbdfleece.fleece.location import (
     PROBE_LENGTH,
@@ -33,6 +34,7 @@ from nbdfleece.fleece.location import (
     check_snapshot_name,
     is_block_device,
 )
+from nbdfleece.fleece.map import map_node
 from nbdfleece.fleece.news import (
     News,
     SnapshotCreated,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
     from nbdfleece.block.graph import Graph
     from nbdfleece.fleece.location import Location
+    from nbdfleece.fleece.map import Map
     from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions
     from nbdfleece.fleece.store import StateFolder
 
@@ -126,6 +129,32 @@ class Fleece:
         """
         disks = self.disks() if disk is None else [self.disk(disk)]
         return [snapshot for found in disks for snapshot in found.snapshots.values()]
+
+    async def map(self, disk: str, snapshot: str | None, bitmap: str | None, *, offset: int) -> Map:
+        """Tell what a disk, or a snapshot of it, holds where, from `offset` (bytes) on.
+
+        Args:
+            disk: Name of the disk.
+            snapshot: Name of the snapshot; None: the disk as it is now.
+            bitmap: Name of a bitmap of the disk, to tell of that too; None: of none.
+            offset: Where to begin.
+
+        Raises:
+            NotFound: One of them is not there.
+            CommandError: It cannot be told: the snapshot is broken, or the disk fails.
+
+        Cancel: safe.
+        """
+        found = self.disk(disk)
+        recorded = None if bitmap is None else find_bitmap(found.node, bitmap)
+        if snapshot is None:
+            return await map_node(found.top, None, recorded, offset)
+        taken = found.snapshots.get(snapshot)
+        if taken is None:
+            raise SnapshotNotFound(f"disk '{disk}' has no snapshot '{snapshot}'")
+        if taken.error is not None:
+            raise SnapshotBroken(f"snapshot {taken.export_name} is broken: {taken.error}")
+        return await map_node(taken.access, taken.cbw, recorded, offset)
 
     async def temp_space(self) -> TempSpace:
         """Return how full the file system of the temporary images is.

@@ -1,8 +1,4 @@
-"""Disk arguments as people write them: ``[NAME=]LOCATION[,key=value...]``.
-
-Commas in values are doubled. NAME ends at the first ``=`` before which there is no slash; so a file
-called ``a=b`` is written ``./a=b``.
-"""
+"""What disk arguments mean; their syntax is in `base.disk_argument`."""
 
 from __future__ import annotations
 
@@ -13,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from nbdfleece.base.disk_argument import KEYS, is_nbd_uri, split_disk_argument
 from nbdfleece.base.errors import CommandError, ConfigError
 from nbdfleece.base.limits import MAX_DISK_NAME
 from nbdfleece.base.units import parse_duration
-from nbdfleece.block.drivers.nbd.uri import is_nbd_uri, parse_nbd_uri
+from nbdfleece.block.drivers.nbd.uri import parse_nbd_uri
 from nbdfleece.fleece.errors import LocationNotFound
 
 if TYPE_CHECKING:
@@ -112,18 +109,7 @@ def parse_location(text: str) -> Location:
     Raises:
         ConfigError: The argument is malformed.
     """
-    first, *rest = _split_commas(text)
-    before, equals, after = first.partition("=")
-    name, path = (before, after) if equals and "/" not in before else (None, first)
-    options: dict[str, str] = {}
-    for option in rest:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ConfigError(f"disk '{text}': '{option}' is not of the form key=value")
-        if key in options:
-            raise ConfigError(f"disk '{text}': '{key}' is given twice")
-        options[key] = value
-    return make_location(name, path, options)
+    return make_location(*split_disk_argument(text))
 
 
 def make_location(name: str | None, path: str, options: dict[str, str]) -> Location:
@@ -217,12 +203,7 @@ def _check_option(disk: str, key: str, value: str, *, is_remote: bool) -> None:
         return
     choices = _CHOICES.get(key)
     if choices is None:
-        known = ", ".join((*_CHOICES, *_DURATIONS))
+        known = ", ".join(KEYS)
         raise ConfigError(f"disk '{disk}': unknown key '{key}' (known: {known})")
     if value not in choices:
         raise ConfigError(f"disk '{disk}': {key}='{value}' is none of {', '.join(choices)}")
-
-
-def _split_commas(text: str) -> list[str]:
-    """Split at single commas and undouble the others."""
-    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]

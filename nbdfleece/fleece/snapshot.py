@@ -144,6 +144,12 @@ class Snapshot:
         return 0 if self.filter is None else self.filter.size
 
     @property
+    def access(self) -> Node:
+        """The node whose content is the point in time; while `error` is None."""
+        assert self._access is not None, "the snapshot is not exposed"
+        return self._access
+
+    @property
     def readers(self) -> int:
         """Connections to the snapshot's export."""
         return 0 if self._export is None else connections(self._export)

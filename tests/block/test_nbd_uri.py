@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from nbdfleece.base.disk_argument import is_nbd_uri
 from nbdfleece.base.errors import ConfigError
 from nbdfleece.block.drivers.nbd.target import ClientTls, InetServer, Target, UnixServer
-from nbdfleece.block.drivers.nbd.uri import is_nbd_uri, parse_nbd_uri
+from nbdfleece.block.drivers.nbd.uri import parse_nbd_uri
 
 GOOD = {
     "nbd://h": Target(InetServer("h", 10809), ""),

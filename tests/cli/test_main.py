@@ -18,7 +18,8 @@ def test_version() -> None:
     "command",
     [[], ["serve"], ["snapshot"], ["status"], ["health"]]
     + [["snapshot", name] for name in ("create", "list", "show", "delete")]
-    + [["client"], ["client", "list"], ["client", "kick"]],
+    + [["client"], ["client", "list"], ["client", "kick"]]
+    + [["disk"], ["disk", "add"], ["disk", "remove"], ["disk", "list"], ["map"], ["completion"]],
     ids=" ".join,
 )
 def test_help_has_an_example(command: list[str]) -> None:
@@ -29,7 +30,7 @@ def test_help_has_an_example(command: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["disk", "add", "x"], ["check"], ["clone", "a@b"], ["snapshot", "reset"]],
+    [["rollback", "a@b"], ["check"], ["clone", "a@b"], ["snapshot", "reset"]],
     ids=" ".join,
 )
 def test_what_is_not_built_is_refused_in_one_line(command: list[str]) -> None:

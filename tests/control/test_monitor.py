@@ -130,7 +130,9 @@ def test_errors_in_qemus_words(daemon: Daemon) -> None:
         }
         add = {"execute": "fleece-disk-add", "arguments": {"disk": 1, "location": "x"}}
         assert monitor.error_of(add) == "Invalid parameter type for 'disk', expected: string"
-        assert monitor.error_of({"execute": "fleece-disk-add"}) == "Parameter 'disk' is missing"
+        assert monitor.error_of({"execute": "fleece-disk-add"}) == (
+            "Parameter 'location' is missing"
+        )
         assert monitor.error_of([1]) == "QMP input must be a JSON object"
         assert monitor.error_of({"arguments": {}}) == "QMP input lacks member 'execute'"
         version = monitor.ask({"execute": "query-version"})["return"]
@@ -152,10 +154,11 @@ def test_disks_come_and_go(daemon: Daemon, short_tmp: Path) -> None:
     other = make_disk(short_tmp / "other.raw", 4096)
     with Monitor(daemon) as monitor:
         arguments = {"disk": "vdb", "location": str(other), "read-only": True}
-        assert monitor.ask({"execute": "fleece-disk-add", "arguments": arguments}) == {"return": {}}
+        added = monitor.ask({"execute": "fleece-disk-add", "arguments": arguments})["return"]
         taken = monitor.ask({"execute": "fleece-disk-add", "arguments": arguments})
         assert taken["error"]["reason"] == "in-use"
         rows = monitor.ask({"execute": "query-fleece-disks"})["return"]
+        assert added == rows[1]
         assert [(row["disk"], row["size"], row["read-only"]) for row in rows] == [
             ("vda", 1 << 20, False),
             ("vdb", 4096, True),

@@ -73,6 +73,11 @@ GONE: Final = 4
 
 _STATUS_RUNS: Final = 4096  # runs looked at by one status call
 
+# Flags of the extents of `held`.
+HELD: Final = 1
+GIVEN_UP: Final = 2
+_HELD_FLAGS: Final = {DONE: HELD, ALL_ZERO: HELD, GONE: GIVEN_UP}
+
 
 class OnCbwError(enum.Enum):
     """What gives way when old data cannot be saved; values as in QMP."""
@@ -664,6 +669,21 @@ class CopyBeforeWrite(Driver):
         """Return what `file` says of a run, as far as it is still not saved afterwards."""
         found = clip(await self._source().block_status(offset, length), offset, length)
         return clip(found, offset, self._unsaved_end(offset, length) - offset)
+
+    def held(self, offset: int, length: int) -> list[Extent]:
+        """Return which parts of the range are in `target` (HELD) or given up (GIVEN_UP).
+
+        For people: it may be out of date when it is looked at. From `offset` on, without gaps; may
+        end before the range.
+        """
+        end = offset + length
+        extents: list[Extent] = []
+        while offset < end and len(extents) < _STATUS_RUNS:
+            stop = self._run_end(offset, end)
+            state = self._states.get(offset // self._cluster)
+            extents.append(Extent(offset, stop - offset, _HELD_FLAGS.get(state, 0)))
+            offset = stop
+        return merge(extents)
 
     async def snapshot_discard(self, offset: int, length: int) -> None:
         """Give up whole clusters inside the range; reads there fail from now on.

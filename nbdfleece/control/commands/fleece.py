@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece import __version__
 from nbdfleece.base.errors import NotFound
+from nbdfleece.base.extent import HOLE, ZERO
 from nbdfleece.control.command import Command, uris
 from nbdfleece.control.transaction import Action, ActionKind
 from nbdfleece.fleece.errors import NotBuilt
 from nbdfleece.fleece.location import make_location
+from nbdfleece.fleece.map import DIRTY, GONE, SAVED
 from nbdfleece.fleece.snapshot import SnapshotOptions, on_error_policy
 from nbdfleece.protocol.qmp.schema import SIZE, Array, Boolean, Enum, Number, String, Struct
 
 if TYPE_CHECKING:
+    from nbdfleece.base.extent import Extent
     from nbdfleece.block.node import Node
     from nbdfleece.control.command import Context
+    from nbdfleece.fleece.disk import Disk
     from nbdfleece.fleece.fleece import Taken
     from nbdfleece.fleece.snapshot import Snapshot
     from nbdfleece.fleece.taking import Taking
@@ -35,15 +39,15 @@ _SWITCH: Final = {True: "on", False: "off"}
 async def _disk_add(context: Context, arguments: Arguments) -> Json:
     """Serve another disk: open it and export it under its name."""
     options: dict[str, str] = {}
-    for name in ("format", "discard", "cache"):
+    for name in ("format", "discard", "cache", "reconnect-delay", "open-timeout"):
         if name in arguments:
             options[name] = arguments.string(name)
     for name in ("read-only", "locking"):
         if name in arguments:
             options[name] = _SWITCH[arguments.boolean(name, default=False)]
-    location = make_location(arguments.string("disk"), arguments.string("location"), options)
-    await context.fleece.add_disk(location)
-    return {}
+    disk = arguments.optional_string("disk")
+    location = make_location(disk, arguments.string("location"), options)
+    return _disk(await context.fleece.add_disk(location))
 
 
 async def _disk_remove(context: Context, arguments: Arguments) -> Json:
@@ -55,20 +59,58 @@ async def _disk_remove(context: Context, arguments: Arguments) -> Json:
 
 async def _query_disks(context: Context, _arguments: Arguments) -> Json:
     """List the disks."""
-    return [
-        {
-            "disk": facts.disk,
-            "location": facts.location,
-            "format": "raw",
-            "size": facts.size,
-            "read-only": facts.read_only,
-            "export": facts.export,
-            "node-name": facts.node_name,
-            "snapshots": facts.snapshots,
-            "clients": facts.clients,
-        }
-        for facts in (disk.facts() for disk in context.fleece.disks())
-    ]
+    return [_disk(disk) for disk in context.fleece.disks()]
+
+
+def _disk(disk: Disk) -> Json:
+    facts = disk.facts()
+    return {
+        "disk": facts.disk,
+        "location": facts.location,
+        "format": "qcow2" if disk.location.is_qcow2 else "raw",
+        "size": facts.size,
+        "read-only": facts.read_only,
+        "export": facts.export,
+        "node-name": facts.node_name,
+        "snapshots": facts.snapshots,
+        "clients": facts.clients,
+    }
+
+
+async def _query_map(context: Context, arguments: Arguments) -> Json:
+    """Tell what a disk or snapshot holds where, from `offset` on; `next`: ask again from there.
+
+    `zero` reads as zeroes, `data` takes space; of a snapshot, `saved` is the old data that it holds
+    itself, and what is not `readable` has been given up; with `bitmap`, `dirty` has been written.
+    """
+    found = await context.fleece.map(
+        arguments.string("disk"),
+        arguments.optional_string("snapshot"),
+        arguments.optional_string("bitmap"),
+        offset=arguments.optional_integer("offset") or 0,
+    )
+    answer: dict[str, Json] = {
+        "size": found.size,
+        "extents": [_mapped(extent, arguments) for extent in found.extents],
+    }
+    if found.end < found.size:
+        answer["next"] = found.end
+    return answer
+
+
+def _mapped(extent: Extent, arguments: Arguments) -> Json:
+    answer: dict[str, Json] = {
+        "start": extent.offset,
+        "length": extent.length,
+        "data": not extent.flags & HOLE,
+        "zero": bool(extent.flags & ZERO),
+    }
+    if "snapshot" in arguments:
+        answer["saved"] = bool(extent.flags & SAVED)
+        answer["readable"] = not extent.flags & GONE
+    if "bitmap" in arguments:
+        answer["dirty"] = bool(extent.flags & DIRTY)
+    return answer
 
 
 # --- snapshots -----------------------------------------------------------------------------------
@@ -305,19 +347,27 @@ COMMANDS: Final = (
     Command(
         "fleece-disk-add",
         Struct(
-            {"disk": String(), "location": String()},
+            {"location": String()},
             {
+                "disk": String(),
                 "format": Enum(("raw", "qcow2")),
                 "read-only": Boolean(),
                 "discard": Enum(("unmap", "ignore")),
                 "cache": Enum(("writeback", "none")),
                 "locking": Boolean(),
+                "reconnect-delay": String(),
+                "open-timeout": String(),
             },
         ),
         _disk_add,
     ),
     Command("fleece-disk-remove", Struct({"disk": String()}, {"force": Boolean()}), _disk_remove),
     Command("query-fleece-disks", _NOTHING, _query_disks),
+    Command(
+        "query-fleece-map",
+        Struct({"disk": String()}, {"snapshot": String(), "bitmap": String(), "offset": SIZE}),
+        _query_map,
+    ),
     Command(
         "fleece-snapshot-create",
         Struct(_SNAPSHOT.required, {**_SNAPSHOT.optional, "token": Number(low=0)}),

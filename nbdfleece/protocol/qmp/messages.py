@@ -93,7 +93,8 @@ def failure(
         qmp_class: QEMU's error class.
         text: One line for people.
         identity: The id of the request.
-        reason: Our own sorting, for programs: `not-found`, `in-use`, ... QEMU has no such member.
+        reason: Our own sorting, for programs: `not-found`, `in-use`, `broken`, ... QEMU has no such
+            member.
     """
     error = {"class": qmp_class, "desc": text}
     if reason is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -88,9 +89,17 @@ async def dial(target: Target, *, limit_s: float) -> Dialled:
     except OptionRefused as error:
         raise _refused(target, error) from error
     except OSError as error:
-        raise DialError(f"{target}: {error.strerror or error}", is_passing=True) from error
+        raise DialError(f"{target}: {_why(error)}", is_passing=True) from error
     except ValueError as error:  # a host name that is none
         raise DialError(f"{target}: {error}", is_passing=False) from error
+
+
+def _why(error: OSError) -> str:
+    """Return the reason in the system's words, which asyncio replaces by its own."""
+    text = error.strerror or str(error)
+    if error.errno and text.startswith("Connect call failed"):
+        return os.strerror(error.errno)
+    return text
 
 
 async def _dial(target: Target) -> Dialled:

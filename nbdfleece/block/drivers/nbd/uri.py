@@ -28,7 +28,6 @@ from nbdfleece.block.drivers.nbd.target import (
     make_target,
 )
 
-_LOOKS_LIKE: Final = re.compile(r"nbds?(?:\+[a-z]+)?:(?://|$)", re.IGNORECASE)
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _TLS_PARAMETERS: Final = ("tls-certificates", "tls-hostname", "tls-type", "tls-verify-peer")
 _SCHEMES: Final[dict[str, tuple[str, ...]]] = {
@@ -39,11 +38,6 @@ _SCHEMES: Final[dict[str, tuple[str, ...]]] = {
 }
 # Parameters of other programs that could only say what holds anyway.
 _ONLY: Final = {"tls-type": ("x509",), "tls-verify-peer": ("1", "true")}
-
-
-def is_nbd_uri(text: str) -> bool:
-    """Tell whether a location is meant as an NBD URI, good or bad."""
-    return _LOOKS_LIKE.match(text) is not None
 
 
 def parse_nbd_uri(text: str) -> Target:
