@@ -44,10 +44,7 @@ NOT_BUILT: Final = frozenset(
 
 # Likewise options, by command: (name, whether it takes a value).
 _SERVE_LATER: Final = (("--metrics", True),)
-_CREATE_LATER: Final = (
-    ("--expire", True),
-    ("--internal", False),
-)
+_CREATE_LATER: Final = (("--expire", True),)
 
 
 def build_parser(version: str) -> Parser:
@@ -247,6 +244,9 @@ def _add_snapshot(commands: _Commands) -> None:
         "print a secret URI that opens the snapshot for so long, without any identity",
         "DURATION",
         kind=_seconds,
+    )
+    _switch(
+        create, "--internal", "inside the disk's qcow2 image, where it stays until it is deleted"
     )
     _add_hooks(create)
     create.add_argument("--durability", choices=("process", "power"), help="what it outlives")

@@ -31,6 +31,8 @@ def create(args: argparse.Namespace) -> int:
         value = getattr(args, name.replace("-", "_"))
         if value is not None:
             arguments[name] = value
+    if args.internal:
+        arguments["internal"] = True
     thaw_failed = False
     with Client(control_socket(args.control)) as client:
         with hooks_of(args) as hooks:

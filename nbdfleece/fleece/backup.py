@@ -285,7 +285,7 @@ class Backups:
                     made.append((disk.node, new))
                 await taking.prepare()
                 async with quiet(*taking.tops()):
-                    taking.engage()
+                    await taking.engage()
                     for node, new in made:
                         node.bitmaps[new.name] = new
                 await taking.expose()

@@ -27,6 +27,7 @@ from nbdfleece.fleece.change import remove_export
 from nbdfleece.fleece.disk import Disk, add_node, identity, last_change
 from nbdfleece.fleece.drive import set_drive
 from nbdfleece.fleece.errors import DiskNotFound, NameTaken, SnapshotBroken, SnapshotNotFound
+from nbdfleece.fleece.internal import export_found
 from nbdfleece.fleece.io_limits import drop_unused_limits
 from nbdfleece.fleece.location import (
     PROBE_LENGTH,
@@ -201,6 +202,7 @@ class Fleece:
                 await self._graph.remove(node)
                 raise
             disk = self._disks[location.disk] = Disk(location, node, export, kept)
+            await export_found(disk, self._graph, self._exports)
             _log.info("disk %s: %s, %d bytes", disk.name, location.path, node.size)
             return disk
 
@@ -232,8 +234,9 @@ class Fleece:
         """
         async with self.changing:
             disk = self.disk(name)
-            if not force and disk.snapshots:
-                names = ", ".join(disk.snapshots)
+            transient = [each for each in disk.snapshots.values() if not each.outlives]
+            if not force and transient:
+                names = ", ".join(each.name for each in transient)
                 raise InUse(f"disk '{name}' has snapshots: {names}")
             if not force and disk.clients:
                 raise InUse(f"disk '{name}' is in use by {disk.clients} connections")
@@ -241,6 +244,9 @@ class Fleece:
             if force:
                 await self._close_whatever_it_takes(disk)
             else:
+                for snapshot in list(disk.snapshots.values()):
+                    snapshot.leave()
+                    await self._delete(disk, snapshot, RemoveMode.SAFE)
                 await self._close(disk, RemoveMode.SAFE)
 
     def _check_not_used_by_others(self, disk: Disk) -> None:
@@ -271,6 +277,7 @@ class Fleece:
 
     async def _close_all(self, disk: Disk) -> None:
         for snapshot in reversed(list(disk.snapshots.values())):
+            snapshot.leave()
             await self._delete(disk, snapshot, RemoveMode.HARD)
         await self._close(disk, RemoveMode.HARD)
 
@@ -357,7 +364,7 @@ class Fleece:
             try:
                 await taking.prepare()
                 async with quiet(*taking.tops()):
-                    taking.engage()
+                    await taking.engage()
                 await taking.expose()
                 await taking.keep()
                 taken = [
@@ -511,6 +518,7 @@ class Fleece:
         for disk in self.disks():
             try:
                 for snapshot in reversed(list(disk.snapshots.values())):
+                    snapshot.leave()
                     await self._delete(disk, snapshot, RemoveMode.HARD)
             except CommandError as error:
                 _log.debug("disk %s: %s", disk.name, error)  # it is tried again

@@ -53,12 +53,14 @@ class SnapshotOptions:
         timeout_s: Seconds that a guest write waits for its copies; None: for ever.
         temp_limit: Bytes of old data that may be saved; None: what the file system has.
         bitmap: Name of the bitmap that is frozen at the instant; None: none is.
+        internal: It is made inside the disk's image; the others mean nothing then.
     """
 
     on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     timeout_s: float | None = None
     temp_limit: int | None = None
     bitmap: str | None = None
+    internal: bool = False
 
 
 def on_error_policy(text: str) -> OnCbwError:
@@ -105,7 +107,10 @@ class Snapshot:
         cbw: The driver of its filter.
         filter: The filter node; None before it is made and after it is gone.
         is_engaged: See S1.
+        outlives: It stays where it is when the process ends.
     """
+
+    outlives = False
 
     def __init__(
         self, disk: str, name: str, options: SnapshotOptions, tied: TiedBitmap | None = None
@@ -264,6 +269,13 @@ class Snapshot:
         self.instant = instant
         self.is_engaged = True
 
+    async def make(self) -> None:
+        """Do what of `engage` may take time, in the same drained section.
+
+        Raises:
+            CommandError: It cannot be done; `disengage` is due.
+        """
+
     def disengage(self, graph: Graph) -> None:
         """Take the filter out of the guest's path; drained by the caller, without access node.
 
@@ -330,6 +342,9 @@ class Snapshot:
             await drop_unused_limits(graph)
             await graph.remove(self._access)
             self._access = None
+
+    def leave(self) -> None:
+        """Have `take_apart` leave what outlives the process."""
 
     async def take_apart(self, graph: Graph) -> None:
         """Undo `engage` and `prepare`, and remove the files; behind `hide`.

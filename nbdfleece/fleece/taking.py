@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError
 from nbdfleece.block.drain import in_time
 from nbdfleece.fleece.bitmaps import TiedBitmap
+from nbdfleece.fleece.internal import InternalSnapshot
 from nbdfleece.fleece.snapshot import Snapshot
 from nbdfleece.server.exports import RemoveMode
 
@@ -88,11 +89,13 @@ class Taking:
             wanted = self._options.bitmap
             tied = None if wanted is None else TiedBitmap(disk.node, wanted)
             snapshot = Snapshot(disk.name, self._name, self._options, tied)
+            if self._options.internal:
+                snapshot = InternalSnapshot(disk.name, self._name, self._options, disk.node)
             self.made.append(snapshot)
             async with in_time(f"making the files of snapshot {snapshot.export_name}"):
                 await snapshot.prepare(self._graph, self._state, disk.top)
 
-    def engage(self) -> None:
+    async def engage(self) -> None:
         """Take the instant: put all filters in, or none; the tops are drained by the caller.
 
         Raises:
@@ -102,6 +105,8 @@ class Taking:
         try:
             for snapshot in self.made:
                 snapshot.engage(self._graph, instant)
+            for snapshot in self.made:
+                await snapshot.make()
         except CommandError:
             self._disengage()
             raise

@@ -272,7 +272,6 @@ async def next_event(monitor) -> dict:
         (["create", "vda", "--durability", "power"], 2, "not built yet"),
         (["create", "vda", "--expire", "1d"], 2, "--expire is not built yet"),
         (["create", "vda", "--bitmap", ""], 1, "Bitmap name cannot be empty"),
-        (["create", "vda", "--internal"], 2, "--internal is not built yet"),
         (["show", "vda"], 2, "is not DISK@NAME"),
         (["show", "vda@nope"], 5, "no snapshot 'nope'"),
         (["list", "nope"], 5, "there is no disk 'nope'"),

@@ -242,7 +242,7 @@ async def test_what_fails_at_the_instant_thaws_all_bitmaps_of_the_group(bench: B
         await taking.prepare()
         fine(vdb.node)  # somebody was faster
         with pytest.raises(CommandError, match="Bitmap already exists: b"):
-            taking.engage()
+            await taking.engage()
         await taking.discard()
     assert vda.node.bitmaps == {"b": bitmap}
     assert (bitmap.busy, bitmap.enabled) == (False, True)

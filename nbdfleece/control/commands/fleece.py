@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece import __version__
-from nbdfleece.base.errors import NotFound
+from nbdfleece.base.errors import CommandError, NotFound
 from nbdfleece.base.extent import HOLE, ZERO
 from nbdfleece.control.command import Command, uris
 from nbdfleece.control.transaction import Action, ActionKind
@@ -150,7 +150,7 @@ class _SnapshotCreate(Action):
         """See Action.prepare."""
         assert self._taking is not None, "it has begun"
         await self.transaction.quieten(self)
-        self._taking.engage()
+        await self._taking.engage()
         try:
             await self._taking.expose()
         except BaseException:
@@ -181,16 +181,22 @@ def _snapshot_options(arguments: Arguments) -> SnapshotOptions:
 
     Raises:
         NotBuilt: They cannot do that.
+        CommandError: Some exclude each other.
     """
     if arguments.optional_string("durability") == "power":
         raise NotBuilt("durability 'power' is not built yet")
     if "expire" in arguments:
         raise NotBuilt("'expire' is not built yet")
+    internal = arguments.boolean("internal", default=False)
+    for name in ("on-error", "timeout", "temp-limit", "bitmap"):
+        if internal and name in arguments:
+            raise CommandError(f"'{name}' means nothing to an internal snapshot")
     return SnapshotOptions(
         on_error=on_error_policy(arguments.optional_string("on-error") or "break-snapshot"),
         timeout_s=arguments.optional_number("timeout") or None,
         temp_limit=arguments.optional_integer("temp-limit"),
         bitmap=arguments.optional_string("bitmap"),
+        internal=internal,
     )
 
 
@@ -339,6 +345,7 @@ _SNAPSHOT: Final = Struct(
         "timeout": Number(low=0),
         "durability": Enum(("process", "power")),
         "expire": Number(low=0),
+        "internal": Boolean(),
     },
 )
 SNAPSHOT_CREATE: Final = ActionKind("fleece-snapshot-create", _SNAPSHOT, _SnapshotCreate)
