@@ -155,7 +155,8 @@ class Fleece:
             raise SnapshotNotFound(f"disk '{disk}' has no snapshot '{snapshot}'")
         if taken.error is not None:
             raise SnapshotBroken(f"snapshot {taken.export_name} is broken: {taken.error}")
-        return await map_node(taken.access, taken.cbw, recorded, offset)
+        held_by = None if taken.outlives else taken.cbw  # an image tells of its own
+        return await map_node(taken.access, held_by, recorded, offset)
 
     async def temp_space(self) -> TempSpace:
         """Return how full the file system of the temporary images is.

@@ -51,6 +51,7 @@ def test_an_internal_snapshot_is_exported_and_outlives_the_daemon(
         assert made.out.startswith("vda@one ")
         overwrite(daemon, program)
         is_raw(daemon, program, "vda@one", raw)
+        assert daemon.run("map", "vda@one").code == 0
         assert daemon.run("snapshot", "create", "vda", "--name", "one", "--internal").code != 0
         shown = json.loads(daemon.run("snapshot", "show", "vda@one", "--json").out)
         assert (shown["size"], shown["state"], shown["durability"]) == (SIZE, "ok", "power")
