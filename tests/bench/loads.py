@@ -111,6 +111,15 @@ def fresh_writes(depth: int) -> Load:
     return load
 
 
+def write_clusters(count: int) -> Load:
+    """Return a load that writes so many clusters of 64 KiB at random places."""
+
+    def load(task: Task) -> float:
+        return _fio(task, "randwrite", "64k", 1, [f"--number_ios={count}"])
+
+    return load
+
+
 def fresh_write_count(size: int) -> int:
     """Return how many random writes to do under a fresh snapshot of a disk of `size` bytes.
 

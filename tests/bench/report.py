@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Final
 
+import backups
 import crowd
 from compare import Measured, Ratio, Settings, ratio
 
 if TYPE_CHECKING:
+    from backups import Backups
     from crowd import Crowd
     from huge import HugeDisk
 
@@ -35,6 +38,7 @@ class Report:
         at_rest, peak: Side's label -> bytes of peak resident memory.
         huge: Side's label -> what 16 TiB took.
         crowd: What a thousand connections leave to a working client; None when not measured.
+        backups: What backups and bitmaps take; None when not measured.
         errors: What could not be measured besides the rows, one line each.
     """
 
@@ -48,6 +52,7 @@ class Report:
     peak: dict[str, int] = field(default_factory=dict)
     huge: dict[str, HugeDisk] = field(default_factory=dict)
     crowd: Crowd | None = None
+    backups: Backups | None = None
     errors: list[str] = field(default_factory=list)
 
     def failures(self) -> list[str]:
@@ -97,6 +102,7 @@ def as_json(report: Report) -> dict[str, object]:
         "memory-at-rest-bytes": report.at_rest,
         "memory-peak-bytes": report.peak,
         "crowd": asdict(report.crowd) if report.crowd is not None else None,
+        "backups": asdict(report.backups) if report.backups is not None else None,
         "errors": report.errors,
         "huge-disk": {name: asdict(found) for name, found in report.huge.items()},
     }
@@ -135,6 +141,8 @@ def _tables(report: Report) -> list[Table]:
         tables.append(_huge_table(report))
     if report.crowd is not None:
         tables.append(_crowd_table(report.crowd))
+    if report.backups is not None:
+        tables.append(_backup_table(report.backups))
     return tables
 
 
@@ -196,6 +204,32 @@ def _crowd_table(found: Crowd) -> Table:
         ["client", "median", "min", "max", "target", "holds"],
         rows,
     )
+
+
+def _backup_table(found: Backups) -> Table:
+    name = f"full backup by qemu-img convert ({median(found.full_rate):,.0f} MiB/s)"
+    rows = [_backup_row(name, found.full_ratios(), backups.FULL_TARGET)]
+    rows += [
+        _backup_row(
+            f"writes of 4 KiB, depth {depth}, by those without bitmap",
+            ratios,
+            backups.BITMAP_TARGET,
+        )
+        for depth, ratios in found.bitmap.items()
+    ]
+    name = f"incremental backup, {_mib(found.changed_bytes)} MiB written (s)"
+    times = [median(found.incremental_s), min(found.incremental_s), max(found.incremental_s)]
+    rows.append([name, *(f"{value:.2f}" for value in times), NONE, NONE])
+    read = found.incremental_bytes
+    sizes = [_mib(round(median(read))), _mib(min(read)), _mib(max(read))]
+    rows.append(["bytes that it read (MiB)", *sizes, NONE, NONE])
+    return Table("Backups", ["", "median", "min", "max", "target", "holds"], rows)
+
+
+def _backup_row(name: str, ratios: list[float], target: float) -> list[str]:
+    middle = median(ratios)
+    numbers = [f"{value:.2f}x" for value in (middle, min(ratios), max(ratios))]
+    return [name, *numbers, f">= {target:g}x", "yes" if middle >= target else "NO"]
 
 
 def _failure_block(report: Report) -> list[str]:

@@ -120,7 +120,8 @@ SOCKET_COPY: Final = "socket-copy"
 MEMORY: Final = "memory"
 HUGE_DISK: Final = "huge-disk"
 CROWD: Final = "crowd"
-EXTRAS: Final = (SOCKET_COPY, MEMORY, HUGE_DISK, CROWD)
+BACKUPS: Final = "backups"
+EXTRAS: Final = (SOCKET_COPY, MEMORY, HUGE_DISK, CROWD, BACKUPS)
 
 
 def keys() -> list[str]:

@@ -7,8 +7,9 @@
 Every row is a ratio of runs that follow each other in turn: absolute rates of a shared machine
 mean little. The modules beside this one: `rows` says what is measured and what we aim at, `sides`
 are the servers, `loads` the clients, `compare` the order of runs, `huge` the 16 TiB disk, `crowd`
-the thousand connections, `report` the tables. Needs qemu-storage-daemon, nbdcopy and fio with its
-nbd engine; nbdkit is shown beside them where it is installed.
+the thousand connections, `backups` backups and bitmaps, `report` the tables. Needs
+qemu-storage-daemon, nbdcopy and fio with its nbd engine; nbdkit is shown beside them where it is
+installed.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ import tempfile
 from pathlib import Path
 from typing import Final, NoReturn
 
+import backups
 import crowd
 import huge
 import report
 from compare import FIRST_SEED, Comparison, Settings, memory_at_rest, warm
 from loads import Task, check_tools, socket_copy_rate
 from processes import BenchError, run_command
-from rows import CROWD, EXTRAS, HUGE_DISK, MEMORY, SOCKET_COPY, chosen, keys, matches
+from rows import BACKUPS, CROWD, EXTRAS, HUGE_DISK, MEMORY, SOCKET_COPY, chosen, keys, matches
 from sides import (
     COMMAND_TIMEOUT_S,
     Fleece,
@@ -143,6 +145,8 @@ def _measure(options: argparse.Namespace, programs: dict[str, str], folder: Path
         _measure_huge(options, programs, folder, result)
     if CROWD in wanted:
         _measure_crowd(options, settings, folder, result)
+    if BACKUPS in wanted:
+        _measure_backups(options, settings, programs, folder, result)
     _progress("")
     return result
 
@@ -184,6 +188,33 @@ def _measure_crowd(
         result.crowd = crowd.measure(side, make_task, settings.pairs)
     except BenchError as error:
         result.errors.append(f"{CROWD}: {error}")
+
+
+def _measure_backups(
+    options: argparse.Namespace,
+    settings: Settings,
+    programs: dict[str, str],
+    folder: Path,
+    result: report.Report,
+) -> None:
+    _progress(BACKUPS)
+    files = [folder / "active-backup.raw", folder / "active-convert.raw"]
+    _fill(files, settings.size)
+    for file in files:
+        warm(file)
+    ours = Fleece(OURS, files[0], folder / "side-backup", command=options.ours_command, root=ROOT)
+    label, program = next(iter(programs.items()))
+    reference = Reference(label, files[1], folder / "side-convert", program=program)
+
+    def make_task(pair: int, uri: str) -> Task:
+        return Task(uri, settings.size, FIRST_SEED + pair, settings.runtime_s, settings.scratch)
+
+    try:
+        result.backups = backups.measure(
+            ours, reference, make_task, settings.pairs, folder / "backups"
+        )
+    except BenchError as error:
+        result.errors.append(f"{BACKUPS}: {error}")
 
 
 def _certificates(options: argparse.Namespace, folder: Path) -> TlsFolders:

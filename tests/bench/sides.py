@@ -180,6 +180,10 @@ class Fleece(_Base):
         assert self._server is not None
         return self._server.cpu_seconds()
 
+    def control_path(self) -> Path:
+        """Return the control socket."""
+        return self._control
+
     def socket_path(self) -> Path:
         """Return the Unix socket of the exports."""
         return self._socket
