@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.graph import Graph
-    from nbdfleece.block.node import Node
+    from nbdfleece.fleece.disk import Disk
     from nbdfleece.fleece.fleece import Fleece
     from nbdfleece.fleece.snapshot import Snapshot
     from nbdfleece.jobs.job import JobOptions
@@ -256,10 +256,10 @@ class Backups:
         """See backup_work.Settle."""
         with contextlib.suppress(SnapshotNotFound, DiskNotFound):  # the disk has gone, with both
             await self._fleece.delete_snapshot(part.disk, part.snapshot.name, force=True)
-            node = self._fleece.disk(part.disk).node
-            for bitmap in list(node.bitmaps.values()):
+            disk = self._fleece.disk(part.disk)
+            for bitmap in list(disk.node.bitmaps.values()):
                 if self._is_needless(part, bitmap.name):
-                    await forget_bitmap(node, bitmap)
+                    await forget_bitmap(disk, bitmap)
 
     @staticmethod
     def _is_needless(part: Part, bitmap: str) -> bool:
@@ -278,22 +278,22 @@ class Backups:
         """
         async with self._fleece.changing:
             taking = self._fleece.take(disks, None, SnapshotOptions())
-            made: list[tuple[Node, DirtyBitmap]] = []
+            made: list[tuple[Disk, DirtyBitmap]] = []
             try:
                 for disk in taking.group if bitmap else ():
-                    new = await make_bitmap(disk.node, bitmap)
-                    made.append((disk.node, new))
+                    new = await make_bitmap(disk, bitmap)
+                    made.append((disk, new))
                 await taking.prepare()
                 async with quiet(*taking.tops()):
                     await taking.engage()
-                    for node, new in made:
-                        node.bitmaps[new.name] = new
+                    for disk, new in made:
+                        disk.node.bitmaps[new.name] = new
                 await taking.expose()
                 await taking.keep()
             except BaseException:
                 await taking.discard()
-                for node, new in made:
-                    await forget_bitmap(node, new)
+                for disk, new in made:
+                    await forget_bitmap(disk, new)
                 raise
             self._fleece.adopt(taking)
             return taking.made

@@ -152,6 +152,7 @@ class World:
         done = await self.ended(daemon, run)
         assert done["state"] == "done", done
         self.kinds += [part["kind"] for part in done["disks"]]
+        print([part["reason"] for part in done["disks"]])  # shown when the test fails
         for guest, low, high in zip(self.guests, before, after, strict=True):
             newest = await asyncio.to_thread(self.look, guest)
             assert low <= newest <= high

@@ -90,6 +90,7 @@ async def test_after_each_backup_there_is_one_bitmap_named_in_the_manifest(
         assert run.state == "done"
         assert kinds(run) == (["full"] * 2 if number == 0 else ["inc"] * 2)
         assert bench.bitmaps() == [run.parts[0].bitmap]
+        assert os.listdir(bench.folder / "state" / "vda" / "bitmaps") == bench.bitmaps()
         assert bench.points()[-1] == bench.disk()
         assert vda.snapshots == {}
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.backup.folder import DiskFolder
-from nbdfleece.block.bitmap import freeze
+from nbdfleece.block.bitmap import freeze, new_bitmap
 from nbdfleece.block.drivers.null import NullDriver
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
-from nbdfleece.fleece.backup_bitmaps import make_bitmap
 from nbdfleece.fleece.backup_plan import Base, choose_base, damage_of
 from tests.support.backups import add_point, some_disk
 
@@ -30,7 +29,7 @@ async def node() -> AsyncIterator[Node]:
     graph = Graph()
     driver = NullDriver(size=SIZE, latency_ns=0, read_zeroes=True)
     found = await graph.add(None, driver, read_only=False, discard_enabled=True)
-    found.bitmaps["backup-1-2"] = await make_bitmap(found, "backup-1-2")
+    found.bitmaps["backup-1-2"] = new_bitmap(found, "backup-1-2", None, enabled=True)
     yield found
     found.bitmaps.clear()
     await graph.remove(found)

@@ -152,7 +152,8 @@ class StoredBitmaps:
 
     def _persistent(self) -> list[DirtyBitmap]:
         found = self._image.node.bitmaps.values()
-        return [bitmap for bitmap in found if bitmap.persistent and bitmap.name]
+        # One with a store is kept elsewhere (beside the disk).
+        return [one for one in found if one.persistent and one.name and one.store is None]
 
     # --- storing -------------------------------------------------------------------------------
 
