@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -42,7 +43,7 @@ from nbdfleece.base.units import align_down
 from nbdfleece.block import permissions
 from nbdfleece.block.bitmap import abdicate, find_bitmap, freeze, reclaim
 from nbdfleece.block.child import Role
-from nbdfleece.block.drain import drained
+from nbdfleece.block.drain import quiet
 from nbdfleece.block.drivers.backup_filter import BackupFilter, SourceError
 from nbdfleece.block.drivers.copy_before_write import OnCbwError
 from nbdfleece.jobs.job import Job, JobOptions, OnError, check_speed
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from nbdfleece.block.node import Node
     from nbdfleece.jobs.group import JobGroup
     from nbdfleece.jobs.manager import JobManager
+
+_log = logging.getLogger(__name__)
 
 _INT_MAX: Final = (1 << 31) - 1
 
@@ -225,6 +228,7 @@ class Backup:
         self._job: Job | None = None
         self._bitmap: tuple[Node, DirtyBitmap] | None = None
         self._has_run = False
+        self._last_progress: tuple[int, int] | None = None  # when `clean` was first held up
         self._cursor = 0  # where to look for the next piece
 
     def hold(self, job: Job) -> None:
@@ -274,27 +278,52 @@ class Backup:
     async def clean(self) -> None:
         """Take the filter out; see Work.clean.
 
+        While requests are stuck the filter stays, and the job does not conclude; guests go on.
+
         Raises:
             CommandError: Parents of the filter cannot be given the source. Then the filter stays,
                 in the hands of the monitor.
         """
         self._settle_bitmap()
+        while not await self._take_filter_out():
+            pass
+        await self._graph.remove(self._node)
+
+    async def _take_filter_out(self) -> bool:
+        """Take the filter out of the graph; False: not this time.
+
+        Raises:
+            CommandError: See `clean`.
+        """
         node = self._node
-        while True:
-            edge = node.file
-            assert edge is not None, "the filter has its source"
-            below = edge.node
-            async with drained(node, below, self._target):
-                if edge.node is not below:
-                    continue  # another filter went in between, or left
-                self.let_go()
-                try:
-                    self._graph.remove_filter(node)
-                except CommandError:
-                    node.owned_by_monitor = True
-                    raise
-                break
-        await self._graph.remove(node)
+        edge = node.file
+        assert edge is not None, "the filter has its source"
+        below = edge.node
+        async with contextlib.AsyncExitStack() as section:
+            try:
+                await section.enter_async_context(quiet(node, below, self._target))
+            except CommandError as error:
+                self._held_up(error)
+                return False
+            if edge.node is not below:
+                return False  # another filter went in between, or left
+            self.let_go()
+            try:
+                self._graph.remove_filter(node)
+            except CommandError:
+                node.owned_by_monitor = True
+                raise
+        return True
+
+    def _held_up(self, error: CommandError) -> None:
+        """Have guests save nothing any more for a job that is over, while its filter stays."""
+        assert self._job is not None, "the work has its job"
+        if self._last_progress is None:
+            self._last_progress = self._driver.progress()
+            _log.warning("job '%s': its filter stays for now: %s", self._job.id, error)
+        self._driver.skip(0, self._node.size)
+        if self._job.has_failed and any(self._driver.not_copied()):  # copies that are on their way
+            self._yank_target()
 
     def _settle_bitmap(self) -> None:
         """Have the bitmap hold what it should, by mode and end (fleecing.md 2.2).
@@ -320,7 +349,7 @@ class Backup:
 
     def progress(self) -> tuple[int, int]:
         """Return what is in the target, and what will be."""
-        return self._driver.progress()
+        return self._last_progress or self._driver.progress()
 
     def hurry(self) -> None:
         """Let go, after a while, of a target that may never answer."""
@@ -329,8 +358,11 @@ class Backup:
     def _yank(self) -> None:
         assert self._job is not None, "the work has its job"
         if not self._job.is_idle():
-            for node in permissions.topological([self._target]):
-                node.driver.yank()
+            self._yank_target()
+
+    def _yank_target(self) -> None:
+        for node in permissions.topological([self._target]):
+            node.driver.yank()
 
     # --- copying -------------------------------------------------------------------------------
 

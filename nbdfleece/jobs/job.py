@@ -32,6 +32,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Protocol
 
 from nbdfleece.base.errors import CommandError, IoError
+from nbdfleece.block.drain import in_time
 from nbdfleece.jobs.group import JobGroup
 
 if TYPE_CHECKING:
@@ -538,11 +539,12 @@ class Job:
         """Let a pending job, and with it its group, conclude; return when the job has.
 
         Raises:
-            CommandError: Not in this state.
+            CommandError: Not in this state; or stuck requests keep it from concluding for now.
         """
         self._check(Verb.FINALIZE)
         self._group.finalize()
-        await self.wait_concluded()
+        async with in_time(f"job '{self.id}' concludes"):
+            await self.wait_concluded()
 
     def dismiss(self) -> None:
         """Forget a concluded job.

@@ -633,3 +633,107 @@ async def test_cancel_lets_go_of_a_target_that_never_answers(
     job.cancel()
     await job.wait_concluded()
     assert bench.ended().cancelled
+
+
+async def stuck_read(bench: Bench, source: MemoryDriver, node: Node) -> asyncio.Task[None]:
+    """A guest's read that does not end, below the filter."""
+    source.hold = {"read"}
+    reading = asyncio.create_task(node.read(0, memoryview(bytearray(512))))
+    await until(lambda: bool(source.waiting))
+    source.hold.clear()
+    return reading
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+async def test_a_stuck_request_keeps_the_filter_and_stops_no_guest(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_cancelled: bool,
+) -> None:
+    monkeypatch.setattr("nbdfleece.block.drain.QUIET_MOMENTS_S", (0.001, 0.002))
+    source, target = (
+        MemoryDriver(bytearray(b"x" * 4 * CLUSTER)),
+        MemoryDriver(bytearray(4 * CLUSTER)),
+    )
+    guest = Guest(bench.graph, await bench.add("a", source))
+    await bench.add("b", target)
+    before = bench.shape()
+    sync = Sync.NONE if is_cancelled else Sync.FULL
+    job = await bench.backup(sync=sync, job=JobOptions("j", auto_finalize=False))
+    if not is_cancelled:
+        await until(lambda: job.status is Status.PENDING)
+    reading = await stuck_read(bench, source, guest.node)
+    if is_cancelled:
+        job.cancel()
+        finalizing = None
+    else:
+        finalizing = asyncio.create_task(job.finalize())
+    await until(lambda: "its filter stays for now" in caplog.text)
+    copied = target.writes
+
+    for _ in range(3):  # of them one at least meets another attempt
+        await guest.may_go.wait()
+        await guest.node.write(CLUSTER, memoryview(b"n" * CLUSTER), fua=False)
+        await asyncio.sleep(0.005)
+    assert target.writes == copied, "nothing is saved for a job that is over"
+    assert job.status is (Status.ABORTING if is_cancelled else Status.PENDING)
+
+    source.held.set()
+    await reading
+    await job.wait_concluded()
+    if finalizing is not None:
+        await finalizing
+    assert bench.shape() == before
+    assert bench.ended().cancelled is is_cancelled
+    assert caplog.text.count("its filter stays for now") == 1
+    total = 4 * CLUSTER
+    assert (bench.ended().done, bench.ended().total) == (0 if is_cancelled else total, total)
+    bench.graph.detach_root(guest.edge)
+
+
+async def test_copies_that_are_stuck_in_the_target_are_given_up_with_the_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T-J10: a guest's write waits in a target that never answers; the job is cancelled."""
+    monkeypatch.setattr("nbdfleece.block.drain.QUIET_MOMENTS_S", (0.001,))
+
+    class Stuck(MemoryDriver):
+        def yank(self) -> bool:
+            self.fail["write"] = errno.EIO
+            self.held.set()
+            return True
+
+    target = Stuck(bytearray(CLUSTER))
+    target.hold = {"write"}
+    node = await bench.add("a", MemoryDriver(bytearray(b"x" * CLUSTER)))
+    await bench.add("b", target)
+    guest = Guest(bench.graph, node)
+    job = await bench.backup(sync=Sync.NONE)
+    writing = asyncio.create_task(guest.node.write(0, memoryview(b"n" * CLUSTER), fua=False))
+    await until(lambda: bool(target.waiting))
+    job.cancel()
+    await job.wait_concluded()
+    with pytest.raises(IoError):
+        await writing
+    assert guest.node is node
+    bench.graph.detach_root(guest.edge)
+
+
+async def test_finalize_says_when_a_stuck_request_keeps_the_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdfleece.block.drain.QUIET_MOMENTS_S", (0.001,))
+    monkeypatch.setattr("nbdfleece.block.drain.QUIET_TIMEOUT_S", 0.02)
+    source = MemoryDriver(bytearray(b"x" * CLUSTER))
+    guest = Guest(bench.graph, await bench.add("a", source))
+    await bench.add("b", MemoryDriver(bytearray(CLUSTER)))
+    job = await bench.backup(job=JobOptions("j", auto_finalize=False))
+    await until(lambda: job.status is Status.PENDING)
+    reading = await stuck_read(bench, source, guest.node)
+    with pytest.raises(CommandError, match="job 'j' concludes: no answer within"):
+        await job.finalize()
+    source.held.set()
+    await reading
+    await job.wait_concluded()
+    bench.graph.detach_root(guest.edge)
