@@ -6,8 +6,10 @@ called ``a=b`` is written ``./a=b``. What the parts mean is for `fleece.location
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Final, NamedTuple
+from urllib.parse import quote, unquote
 
 from nbdfleece.base.errors import ConfigError
 
@@ -17,6 +19,13 @@ KEYS: Final = (
 )
 
 _LOOKS_LIKE_URI: Final = re.compile(r"nbds?(?:\+[a-z]+)?:(?://|$)", re.IGNORECASE)
+
+
+_SECRETS: Final = re.compile(
+    r"(?P<before>nbds?(?:\+[a-z]+)?://)(?P<user>[^/?#@]*@)?(?P<server>[^/?#]*/?)(?P<export>[^?#,]*)",
+    re.IGNORECASE,
+)
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{32}")
 
 
 class DiskArgument(NamedTuple):
@@ -40,9 +49,11 @@ def split_disk_argument(text: str) -> DiskArgument:
     for option in rest:
         key, equals, value = option.partition("=")
         if not equals:
-            raise ConfigError(f"disk '{text}': '{option}' is not of the form key=value")
+            raise ConfigError(
+                f"disk '{without_secrets(text)}': '{option}' is not of the form key=value"
+            )
         if key in options:
-            raise ConfigError(f"disk '{text}': '{key}' is given twice")
+            raise ConfigError(f"disk '{without_secrets(text)}': '{key}' is given twice")
         options[key] = value
     return DiskArgument(name, location, options)
 
@@ -50,6 +61,36 @@ def split_disk_argument(text: str) -> DiskArgument:
 def is_nbd_uri(location: str) -> bool:
     """Tell whether a location is meant as an NBD URI, good or bad."""
     return _LOOKS_LIKE_URI.match(location) is not None
+
+
+def without_secrets(text: str) -> str:
+    """Return a URI, or a disk argument with one, as it may be shown, logged and kept."""
+    return _SECRETS.sub(
+        lambda match: (
+            match["before"]
+            + ("***@" if match["user"] else "")
+            + match["server"]
+            + _without_token(match["export"])
+        ),
+        text,
+    )
+
+
+def _without_token(quoted: str) -> str:
+    export = unquote(quoted)
+    hidden = without_token(export)
+    return quoted if hidden == export else quote(hidden, safe="/@:")
+
+
+def without_token(export: str) -> str:
+    """Return an export's name as it may be shown, logged and kept: a token in it opens a snapshot.
+
+    Of the token, which is as `server.tokens` makes it, a hash remains to tell it by.
+    """
+    name, separator, token = export.rpartition(":")
+    if not separator or _TOKEN.fullmatch(token) is None:
+        return export
+    return f"{name}:token-{hashlib.sha256(token.encode()).hexdigest()[:8]}"
 
 
 def _split_commas(text: str) -> list[str]:

@@ -255,7 +255,9 @@ def _apply(changes: Sequence[_Change]) -> None:
     try:
         _change_edges(edges, changes)
         for change in changes:
-            for name, role in change.spec.roles.items():
+            # What an image's children are for, the image has said when it was opened.
+            roles = {} if change.spec.implied else change.spec.roles
+            for name, role in roles.items():
                 if change.node.child(name).role != role:
                     edges.set_role(change.node.child(name), role)
             change.node.driver.reopen_apply(change.to)

@@ -98,8 +98,11 @@ def _add_serve(commands: _Commands) -> None:
         "disks",
         nargs="*",
         metavar="DISK",
-        help="[NAME=]LOCATION[,key=value...] with the keys format=raw|qcow2, read-only=on|off, "
-        "discard=unmap|ignore, cache=writeback|none, locking=on|off",
+        help="[NAME=]LOCATION[,key=value...]; LOCATION is a file, a block device, or the URI of "
+        "another NBD server's export (nbd://HOST/EXPORT, nbds://..., "
+        "nbd+unix:///EXPORT?socket=PATH); keys: format=raw|qcow2, read-only=on|off, "
+        "discard=unmap|ignore, cache=writeback|none, locking=on|off, and for another server "
+        "reconnect-delay=TIME, open-timeout=TIME",
     )
     text = _Adder(parser)
     text(

@@ -81,7 +81,10 @@ class TiedBitmap:
             _check(bitmap)
         else:
             if bitmap is not None:
-                raise CommandError(f"Bitmap already exists: {self.name}")
+                raise CommandError(
+                    f"Bitmap already exists: {self.name} (it was added while the snapshot was "
+                    "prepared, which makes it by itself; to add it first takes a command before)"
+                )
             bitmap = bitmaps[self.name] = self._new
         freeze(bitmaps, bitmap)
         self._frozen = bitmap

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nbdfleece.base.disk_argument import KEYS, is_nbd_uri, split_disk_argument
+from nbdfleece.base.disk_argument import (
+    KEYS,
+    is_nbd_uri,
+    split_disk_argument,
+    without_secrets,
+    without_token,
+)
 from nbdfleece.base.errors import CommandError, ConfigError
 from nbdfleece.base.limits import MAX_DISK_NAME
 from nbdfleece.base.units import parse_duration
@@ -58,7 +64,7 @@ class Location:
 
     Attributes:
         disk: Its name.
-        path: Where it is; absolute, or an NBD URI.
+        path: Where it is; absolute, or an NBD URI without its secrets.
         format_given: `format` was said, so its first bytes do not matter.
         is_qcow2: It was qcow2: the disk is what the image holds.
         read_only: Nobody may write.
@@ -125,15 +131,15 @@ def make_location(name: str | None, path: str, options: dict[str, str]) -> Locat
         name = Path(path).stem if remote is None else remote.export
         if _NAME.fullmatch(name) is None:
             raise ConfigError(
-                f"disk '{path}': '{name}' cannot be the name of a disk ({NAME_RULE}); "
-                "give one as NAME=LOCATION"
+                f"disk '{without_secrets(path)}': '{without_token(name)}' cannot be the name of a "
+                f"disk ({NAME_RULE}); give one as NAME=LOCATION"
             )
     check_disk_name(name)
     for key, value in options.items():
         _check_option(name, key, value, is_remote=remote is not None)
     return Location(
         disk=name,
-        path=os.path.abspath(path) if remote is None else path,
+        path=os.path.abspath(path) if remote is None else without_secrets(path),
         format_given="format" in options,
         is_qcow2=options.get("format") == "qcow2",
         read_only=_SWITCHES[options.get("read-only", "off")],

@@ -59,6 +59,21 @@ def test_what_is_refused(text: str) -> None:
         parse_nbd_uri(text)
 
 
+_TOKEN = "AbCd-_0123456789AbCd-_0123456789"
+_HIDDEN = "token-9cf127c0"
+
+
+def test_errors_and_names_of_targets_show_no_token_and_no_password() -> None:
+    target = parse_nbd_uri(f"nbd://h/vda@s:{_TOKEN}")
+    assert target.export.endswith(_TOKEN)
+    assert str(target) == f'NBD server h:10809, export "vda@s:{_HIDDEN}"'
+    for text in (f"nbd://h/a@s:{_TOKEN}?x=y", "nbd://me:secret@h/x", f"nbd://h/%zz:{_TOKEN}"):
+        with pytest.raises(ConfigError) as refused:
+            parse_nbd_uri(text)
+        assert _TOKEN not in str(refused.value)
+        assert "secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize("text", ["/nbd://x", "nbd", "./nbd:", "nbdx://h", "nbd/a", "http://h/x"])
 def test_what_is_no_nbd_uri(text: str) -> None:
     assert not is_nbd_uri(text)

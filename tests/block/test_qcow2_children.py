@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.base.errors import CommandError
+from nbdfleece.block.child import Role
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.registry import add_from_options
+from nbdfleece.block.reopen import reopen
 from nbdfleece.formats.qcow2.create import NewImage
 from tests.support.driver_kit import read, remove_all
 from tests.support.qcow2 import make_qcow2
@@ -121,6 +123,22 @@ async def test_the_data_file_is_opened_by_its_name(
     assert await read(node, 0, MiB) == bytes(MiB)
     if raw:
         assert data.read_bytes() == bytes(MiB)
+
+
+async def test_reopen_without_the_data_file_leaves_the_roles_as_the_image_has_them(
+    graph: Graph, tmp_path: Path
+) -> None:
+    (tmp_path / "x.data").write_bytes(bytes(MiB))
+    path = make_qcow2(tmp_path / "x.qcow2", replace(IMAGE, data_file="x.data"))
+    node = await add_from_options(graph, options(path))
+    before = [(edge.name, edge.role) for edge in node.children]
+    assert dict(before)["file"] is Role.METADATA | Role.PRIMARY
+
+    await reopen(graph, [options(path, discard="unmap")])
+
+    assert [(edge.name, edge.role) for edge in node.children] == before
+    await node.write(70_000, memoryview(b"in the data file"), fua=True)
+    assert (tmp_path / "x.data").read_bytes()[70_000:70_016] == b"in the data file"
 
 
 async def test_a_data_file_must_fit_the_image(graph: Graph, tmp_path: Path) -> None:

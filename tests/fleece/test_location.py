@@ -80,6 +80,19 @@ def test_export_of_another_server(text: str, disk: str, export: str) -> None:
     assert not is_block_device(location)
 
 
+def test_a_token_is_used_and_not_shown() -> None:
+    token = "x" * 32
+    location = parse_location(f"vda=nbd://h/vda@s:{token}")
+    assert location.remote is not None
+    assert location.remote.export == f"vda@s:{token}"
+    assert token not in location.path
+    assert location.path != parse_location(f"vda=nbd://h/vda@s:{'y' * 32}").path
+    for wrong in (f"nbd://h/vda@s:{token}", f"vda=nbd://h/vda@s:{token},x", f"nbd://h/x:{token}"):
+        with pytest.raises(ConfigError) as refused:
+            parse_location(wrong)
+        assert token not in str(refused.value)
+
+
 def test_keys_of_another_server() -> None:
     location = parse_location("vda=nbd://h/x,reconnect-delay=5m,open-timeout=3,format=raw")
     assert (location.reconnect_delay_s, location.open_timeout_s) == (300.0, 3.0)

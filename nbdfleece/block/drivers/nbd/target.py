@@ -7,6 +7,7 @@ import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from nbdfleece.base.disk_argument import without_token
 from nbdfleece.base.errors import CommandError
 from nbdfleece.base.limits import MAX_STRING
 from nbdfleece.protocol.nbd import constants
@@ -102,7 +103,7 @@ class Target:
     dirty_bitmap: str | None = None
 
     def __str__(self) -> str:
-        return f"NBD server {self.server}, export {shown(self.export)}"
+        return f"NBD server {self.server}, export {shown(without_token(self.export))}"
 
     @property
     def context(self) -> str:

@@ -19,6 +19,7 @@ import re
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from nbdfleece.base.disk_argument import without_secrets
 from nbdfleece.base.errors import CommandError, ConfigError
 from nbdfleece.block.drivers.nbd.target import (
     DEFAULT_PORT,
@@ -44,17 +45,18 @@ def parse_nbd_uri(text: str) -> Target:
     """Return the export that a URI leads to.
 
     Raises:
-        ConfigError: It is malformed, or asks for what is not done here.
+        ConfigError: It is malformed, or asks for what is not done here; without its secrets.
     """
+    whole, text = text, without_secrets(text)
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(whole)
         port = DEFAULT_PORT if parts.port is None else parts.port
     except ValueError as error:
         raise ConfigError(f"'{text}': {error}") from error
     if parts.scheme not in _SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         raise ConfigError(f"'{text}': '{parts.scheme}://' is none of {known}")
-    if parts.username is not None or parts.fragment or "#" in text:
+    if parts.username is not None or parts.fragment or "#" in whole:
         raise ConfigError(f"'{text}': there is no use for a user or a fragment in an NBD URI")
     parameters = _parameters(text, parts.query, _SCHEMES[parts.scheme])
     server: InetServer | UnixServer
@@ -98,4 +100,4 @@ def _decode(text: str, part: str) -> str:
             return unquote(part, errors="strict")
     except UnicodeDecodeError:
         pass
-    raise ConfigError(f"'{text}': '{part}' is not percent-encoded UTF-8")
+    raise ConfigError(f"'{text}': it is not percent-encoded UTF-8")
