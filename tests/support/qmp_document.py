@@ -31,6 +31,7 @@ from nbdfleece.protocol.qmp.schema import (
     Union,
 )
 from tests.support.qmp_conversation import DEFECTS, DIFFERENCES
+from tests.support.qmp_table import TABLE_DEFECTS, TABLE_DIFFERENCES
 from tests.support.qmp_transactions import TRANSACTION_DEFECTS, TRANSACTION_DIFFERENCES
 
 PATH = Path(__file__).resolve().parent.parent.parent / "docs" / "qmp.md"
@@ -65,7 +66,7 @@ def document() -> str:
         lines += [f"### {name}", "", *_members(EVENTS[name], 0), ""]
     lines += ["## Where answers are not those of qemu-storage-daemon 7.2", ""]
     lines += ["tests/interop/test_qmp_conversation.py holds all else to it.", ""]
-    for difference in DIFFERENCES + TRANSACTION_DIFFERENCES:
+    for difference in DIFFERENCES + TRANSACTION_DIFFERENCES + TABLE_DIFFERENCES:
         lines += [
             f"- **{difference.request}**",
             f"  - qemu-storage-daemon: {difference.reference}",
@@ -73,7 +74,7 @@ def document() -> str:
             f"  - because: {difference.reason}",
         ]
     lines += ["", "These are faults of qemu-storage-daemon 7.2 that we do not have:", ""]
-    for defect in DEFECTS + TRANSACTION_DEFECTS:
+    for defect in DEFECTS + TRANSACTION_DEFECTS + TABLE_DEFECTS:
         lines += [
             f"- **{defect.title}**",
             f"  - qemu-storage-daemon: {defect.reference}",

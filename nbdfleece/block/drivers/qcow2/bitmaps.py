@@ -264,6 +264,8 @@ class StoredBitmaps:
         image = self._image
         name, where = bitmap.name, f"Can't make bitmap '{bitmap.name}' persistent in"
         node = f"{where} '{image.node.name}'"
+        if image.node.read_only:
+            raise CommandError(f"{node}: Image is read-only")
         if image.header.version < 3:
             raise CommandError("Cannot store dirty bitmaps in qcow2 v2 files")
         if len(name.encode(errors="surrogateescape")) > MAX_QCOW2_BITMAP_NAME:
