@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import guest_load, virtual_machine
-from tests.support.daemon_process import Daemon, nbdfleece
+from tests.support.console_blocks import console_blocks
+from tests.support.daemon_process import ROOT, Daemon, nbdfleece
 from tests.support.live import MiB, blocks, run, serving
 from tests.support.virtual_machine import Initramfs, VirtualMachine
 
@@ -307,6 +308,31 @@ def test_nbd_client_lists_the_exports(guest: VirtualMachine, short_tmp: Path) ->
     with serving_here(short_tmp, guest, *disks) as here:
         listed = here.run("nbd-client -l 10.0.2.2 {plain}", "", "").splitlines()
         assert {"vda", "vdb"} <= {line.strip().split("[")[0] for line in listed}
+
+
+# --- the guide -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_virtual_machines_md_says_of_the_kernels_client(
+    guest: VirtualMachine, short_tmp: Path
+) -> None:
+    """It has a mounted disk first, then its snapshot, then qemu-nbd."""
+    blocks = console_blocks(ROOT / "docs" / "guides" / "virtual-machines.md")
+    disk = sparse(short_tmp / "vda.raw", SIZE)
+    guest.run("mkdir -p /media && echo 10.0.2.2 storage.example.org >>/etc/hosts")
+    with serving_here(short_tmp, guest, disk) as here:
+        port = here.words("{plain}", "", "")
+        ran = 0
+        for block in (block for block in blocks if "test_kernel_client.py" in block.mark):
+            for command in block.commands:
+                guest.run(command.replace("10809", port))
+            ran += 1
+            if ran == 1:
+                guest.run("echo kept >/mnt/file && sync /mnt/file")
+                assert here.daemon.run("snapshot", "create", "vda", "--name", "monday").code == 0
+                guest.run("echo changed >/mnt/file && umount /mnt && nbd-client -d /dev/nbd0")
+        assert ran == 3
 
 
 # --- the daemon stops ----------------------------------------------------------------------------

@@ -6,8 +6,10 @@ see nothing but a pause: no error, and all that was synced before, during and af
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import guest_load, virtual_machine
-from tests.support.daemon_process import ROOT, Daemon
+from tests.support.console_blocks import console_blocks
+from tests.support.daemon_process import ROOT, Daemon, environment
 from tests.support.live import MiB, run
 from tests.support.virtual_machine import Initramfs, VirtualMachine
 
@@ -166,3 +169,17 @@ def test_a_snapshot_between_freeze_and_thaw_needs_no_journal_replay(
         run(program("e2fsck"), "-f", "-n", image)
     guest_load.check_snapshot(tmp_path / "vdb", tmp_path / "files", promised)
     assert "error" not in place.guest.log().lower(), place.guest.log()
+
+
+def test_the_hooks_that_virtual_machines_md_shows(
+    place: Place, tmp_path: Path, program: Program
+) -> None:
+    blocks = console_blocks(ROOT / "docs" / "guides" / "virtual-machines.md")
+    (block,) = [block for block in blocks if "test_qemu_guest.py" in block.mark]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = environment(NBDFLEECE_CONTROL=str(place.daemon.control), PATH=path)
+    for command in block.commands:
+        here = command.replace("qga.sock", str(place.agent))
+        subprocess.run(["bash", "-c", here], cwd=ROOT, env=environ, check=True)
+    assert not guest_load.needs_replay(place.copy(program, "vda@tuesday", tmp_path / "vda"))
+    assert run("sh", "-c", hook(place, "status")).stdout.strip() == "thawed"
