@@ -53,6 +53,28 @@ async def test_one_extent_is_as_long_as_it_can_be() -> None:
     assert await ask([status], 0, 100_000, one=True) == [[(50_000, 0)]]
 
 
+async def test_who_asks_for_one_extent_does_not_pay_for_those_behind_it() -> None:
+    looked: list[int] = []
+
+    async def status(offset: int, length: int) -> list[Extent]:
+        looked.append(length)
+        return [
+            Extent(at, min(4096, offset + length - at), at // 4096 % 2)
+            for at in range(offset, offset + length, 4096)
+        ]
+
+    assert await ask([status], 0, GIB, one=True) == [[(4096, 0)]]
+    assert sum(looked) <= 64 << 10
+    looked.clear()
+
+    async def uniform(offset: int, length: int) -> list[Extent]:
+        looked.append(length)
+        return [Extent(offset, length, 0)]
+
+    assert await ask([uniform], 0, GIB, one=True) == [[(GIB, 0)]]
+    assert len(looked) <= 6
+
+
 async def test_an_extent_that_leaves_the_request_is_cut() -> None:
     async def status(offset: int, length: int) -> list[Extent]:
         return [Extent(offset, length + 5000, 1)]
