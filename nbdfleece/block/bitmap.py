@@ -111,6 +111,8 @@ class DirtyBitmap:
         inconsistent: Its content cannot be trusted; it can only be removed.
         reason: Why it is inconsistent, for people; may be empty.
         persistent: It outlives the process.
+        owner: Who relies on it, for people: it may be looked at and removed, and not be changed by
+            commands. Empty: nobody.
         store: Where it is kept as it changes; None: nowhere (or at the close of its image).
         successor: What records while this is frozen, or None.
     """
@@ -123,6 +125,7 @@ class DirtyBitmap:
         "granularity",
         "inconsistent",
         "name",
+        "owner",
         "persistent",
         "readonly",
         "reason",
@@ -142,6 +145,7 @@ class DirtyBitmap:
         self.inconsistent = False
         self.reason = ""
         self.persistent = False
+        self.owner = ""
         self.store: BitmapStore | None = None
         self.successor: DirtyBitmap | None = None
         self._shift = granularity.bit_length() - 1
@@ -301,15 +305,25 @@ class DirtyBitmap:
             to_change: It is to be changed, too.
 
         Raises:
-            InUse: It is busy.
+            InUse: It is busy or, to be changed, somebody's.
             CommandError: It is inconsistent or, to be changed, read-only.
         """
         self.check_idle()
         if to_change:
+            self.check_not_owned()
             self._check_writable()
         if self.inconsistent:
             why = f" ({self.reason})" if self.reason else ""
             raise CommandError(f"Bitmap '{self.name}' is inconsistent and cannot be used{why}")
+
+    def check_not_owned(self) -> None:
+        """Check that nobody relies on what the bitmap records.
+
+        Raises:
+            InUse: Somebody does.
+        """
+        if self.owner:
+            raise InUse(f"Bitmap '{self.name}' belongs to {self.owner}: it can only be removed")
 
     def check_removable(self) -> None:
         """Check that the bitmap may be removed: that may be done with an inconsistent one, too.

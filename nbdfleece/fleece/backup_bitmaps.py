@@ -1,9 +1,14 @@
-"""The bitmaps that say what has changed since a point: started at its instant, removed with it."""
+"""The bitmaps that say what has changed since a point: started at its instant, removed with it.
+
+Whoever cleared one would make the next increment too small, so commands can only remove it: then
+the next backup is a full one.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError
 from nbdfleece.block.bitmap import DirtyBitmap, new_bitmap
@@ -12,6 +17,9 @@ if TYPE_CHECKING:
     from nbdfleece.fleece.disk import Disk
 
 _log = logging.getLogger(__name__)
+
+OWNER: Final = "a backup"
+_NAME: Final = re.compile("backup-[0-9a-f]{8}-[0-9a-f]{16}")  # of a folder's id and a point's
 
 
 async def make_bitmap(disk: Disk, name: str) -> DirtyBitmap:
@@ -24,6 +32,7 @@ async def make_bitmap(disk: Disk, name: str) -> DirtyBitmap:
         CommandError: It cannot be made.
     """
     bitmap = new_bitmap(disk.node, name, None, enabled=True)
+    bitmap.owner = OWNER
     if not disk.node.read_only:
         await disk.kept.keep(bitmap)
     return bitmap
@@ -43,6 +52,12 @@ async def forget_bitmap(disk: Disk, bitmap: DirtyBitmap) -> None:
             del disk.node.bitmaps[bitmap.name]
     except CommandError as error:
         _log.error("bitmap '%s' cannot be removed: %s", bitmap.name, error)
+
+
+def own(bitmap: DirtyBitmap) -> None:
+    """See to it that nobody changes a bitmap that was found, if it is one of these."""
+    if _NAME.fullmatch(bitmap.name):
+        bitmap.owner = OWNER
 
 
 def bitmap_prefix(folder_id: str) -> str:

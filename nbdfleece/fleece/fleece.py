@@ -23,6 +23,7 @@ from nbdfleece.block.bitmap_files import DiskBitmaps, identity_of
 from nbdfleece.block.drain import in_time, quiet
 from nbdfleece.block.graph import above
 from nbdfleece.block.node import Node
+from nbdfleece.fleece.backup_bitmaps import own
 from nbdfleece.fleece.change import remove_export
 from nbdfleece.fleece.disk import Disk, add_node, identity, last_change
 from nbdfleece.fleece.drive import set_drive
@@ -314,6 +315,7 @@ class Fleece:
         loaded = await asyncio.to_thread(lambda: kept.load(last_change(location)))
         for bitmap in loaded:
             node.bitmaps[bitmap.name] = bitmap
+            own(bitmap)
             if bitmap.inconsistent:
                 _log.warning(
                     "disk %s: bitmap '%s' is inconsistent: %s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -111,6 +112,40 @@ async def test_the_first_backup_is_full_and_the_next_ones_are_increments(
     assert restored(to, "vdb") == disk(daemon, "vdb")
     assert nbdfleece("backup", "verify", to, "--data").code == 0
     assert daemon.run("snapshot", "list").out == ""
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["at once", "after a restart"])
+def test_a_bitmap_of_backups_can_be_removed_and_not_be_changed(
+    short_tmp: Path, to: Path, restart: bool
+) -> None:
+    """Cleared, it would make the next increment too small; removed, the next one is full."""
+    image = make_disk(short_tmp / "vda.raw", MIB)
+    with Daemon(short_tmp, image) as before:
+        before.ready()
+        assert before.run("backup", "create", "vda", "--to", to).code == 0
+        if restart:
+            assert before.stop() == 0
+        with Daemon(short_tmp, image) if restart else contextlib.nullcontext(before) as daemon:
+            if restart:
+                daemon.ready()
+            try_to_change_the_bitmap(daemon, to)
+
+
+def try_to_change_the_bitmap(daemon: Daemon, to: Path) -> None:
+    (bitmap,) = daemon.run("bitmap", "list", "--json").json
+    name = bitmap["bitmap"]
+    text = f"Bitmap '{name}' belongs to a backup: it can only be removed"
+    done = daemon.run("bitmap", "clear", "vda", name)
+    assert (done.code, text in done.err) == (4, True)
+    for verb in ("enable", "disable"):
+        arguments = json.dumps({"node": "vda", "name": name})
+        done = daemon.run("qmp", f"block-dirty-bitmap-{verb}", arguments)
+        assert (done.code, text in done.err) == (1, True), done.err
+    done = daemon.run("snapshot", "create", "vda", "--bitmap", name)
+    assert (done.code, text in done.err) == (4, True), done.err
+    assert daemon.run("bitmap", "remove", "vda", name).code == 0
+    done = daemon.run("backup", "create", "vda", "--to", to)
+    assert "full: the disk has no bitmap" in done.out
 
 
 def test_a_relative_folder_is_that_of_the_command(daemon: Daemon, to: Path) -> None:

@@ -159,6 +159,7 @@ class _Switch(_BitmapAction):
         """See Action.prepare."""
         self._find()[1].check_usable(to_change=False)
         _, self._bitmap = await self._find_quiet()
+        self._bitmap.check_not_owned()
         self._bitmap.check_usable(to_change=False)
         self._before, self._bitmap.enabled = self._bitmap.enabled, self._enabled
 
