@@ -23,7 +23,7 @@ import pytest
 from tests.support import guest_load, virtual_machine
 from tests.support.console_blocks import console_blocks
 from tests.support.daemon_process import ROOT, Daemon, nbdfleece
-from tests.support.live import MiB, blocks, run, serving
+from tests.support.live import MiB, blocks, eventually, run, serving
 from tests.support.virtual_machine import Initramfs, VirtualMachine
 
 Program = Callable[[str], str]
@@ -336,6 +336,21 @@ def test_what_virtual_machines_md_says_of_the_kernels_client(
 
 
 # --- the daemon stops ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_reload_drops_no_kernel_client(place: Place) -> None:
+    way, device = WAYS["tls4"], "/dev/nbd8"
+    place.run(way.attach, "tls4", device)
+    try:
+        place.daemon.process.send_signal(signal.SIGHUP)
+        await eventually(lambda: "SIGHUP: " in place.daemon.errors())
+        assert "read again" in place.daemon.errors()
+        place.guest.run(f"dd if=/dev/zero of={device} bs=64k count=16 oflag=direct conv=fsync")
+        rows = place.daemon.run("client", "list", "--json").json
+        assert sum(row["export"] == "tls4" for row in rows) == way.connections
+    finally:
+        place.run(way.detach, "tls4", device)
 
 
 def restarted(folder: Path, here: Place, disk: Path) -> Daemon:

@@ -171,6 +171,34 @@ def test_a_snapshot_between_freeze_and_thaw_needs_no_journal_replay(
     assert "error" not in place.guest.log().lower(), place.guest.log()
 
 
+def test_a_snapshot_of_two_disks_is_one_instant_of_both(
+    place: Place, tmp_path: Path, program: Program
+) -> None:
+    """A file is synced on vda, then on vdb, then comes the next: neither may be ahead."""
+    with guest_load.running_on_both(place.guest, "/mnt/vda", "/mnt/vdb") as load:
+        names = [f"pair{number}" for number in range(3)]
+        promised = []
+        for name in names:
+            load.wait(2)
+            promised.append(load.synced())
+            place.snapshot(name)
+    for name, synced in zip(names, promised, strict=True):
+        found = []
+        for disk in DISKS:
+            image = place.copy(program, f"{disk}@{name}", tmp_path / f"{disk}-{name}")
+            files = guest_load.check_snapshot(image, tmp_path / f"{disk}-{name}-files", synced)
+            found.append(
+                {
+                    int(file.removeprefix("p."))
+                    for file, data in files.items()
+                    if file.startswith("p.") and data == guest_load.content(file)
+                }
+            )
+        first, second = found
+        assert second <= first, "vdb has what vda has not yet"
+        assert {number - 1 for number in first} - second <= {100000}, "vda is ahead of vdb"
+
+
 def test_the_hooks_that_virtual_machines_md_shows(
     place: Place, tmp_path: Path, program: Program
 ) -> None:

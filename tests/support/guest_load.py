@@ -18,19 +18,24 @@ from tests.check import find_program
 from tests.support.live import run
 from tests.support.virtual_machine import Initramfs, VirtualMachine
 
-# A writer of files: load NAME FOLDER. The length must be the same as in `content`.
+# A writer of files: load NAME FOLDER...; the same file into each of the folders, one after the
+# other. The length must be the same as in `content`.
 _WRITER = r"""#!/bin/sh
+writer=$1
+shift
 n=100000
 while [ ! -e /run/stop ]; do
     n=$((n + 1))
-    name=$1.$n
+    name=$writer.$n
     length=$((n * 7919 % 31 * 4096 + 4096 - n % 3))
-    if yes $name | dd of=$2/$name bs=$length count=1 iflag=fullblock conv=fsync 2>/tmp/$1; then
-        echo "synced $name" >&4
-    else
-        echo "failed $name: $(tail -n 1 /tmp/$1)" >&4
-        exit 1
-    fi
+    for folder; do
+        if ! yes $name | dd of=$folder/$name bs=$length count=1 iflag=fullblock conv=fsync \
+                2>/tmp/$writer; then
+            echo "failed $name: $(tail -n 1 /tmp/$writer)" >&4
+            exit 1
+        fi
+    done
+    echo "synced $name" >&4
 done
 """
 
@@ -67,8 +72,9 @@ def content(name: str) -> bytes:
 class Load:
     """The load that runs; `running` makes one."""
 
-    def __init__(self, machine: VirtualMachine) -> None:
+    def __init__(self, machine: VirtualMachine, writers: str) -> None:
         self._machine = machine
+        self._writers = writers
         self._begins = len(machine.news)
         self._removed: set[str] = set()
 
@@ -84,12 +90,12 @@ class Load:
         return {name for word, _, name in said if word == "synced"} - self._removed
 
     def wait(self, count: int) -> None:
-        """Wait until so many more files have been synced, by each of the writers `a` and `b`."""
+        """Wait until so many more files have been synced, by each writer."""
 
         def has(writer: str, number: int) -> bool:
             return self._newest(writer) >= number
 
-        goals = {writer: self._newest(writer) + count for writer in "ab"}
+        goals = {writer: self._newest(writer) + count for writer in self._writers}
         self._machine.wait_news(
             lambda: self.synced() and all(has(writer, goal) for writer, goal in goals.items())
         )
@@ -107,10 +113,23 @@ class Load:
 
 @contextlib.contextmanager
 def running(machine: VirtualMachine, folder: str) -> Iterator[Load]:
-    """Run the load on a mounted file system; stopped at the end, when all went well."""
-    machine.run("rm -f /run/stop")
-    load = Load(machine)
+    """Run two writers and a scribbler on a file system; stopped at the end, when all went well."""
     programs = f"load a {folder} & load b {folder} & scribble {folder}/scribble &"
+    with _running(machine, "ab", programs) as load:
+        yield load
+
+
+@contextlib.contextmanager
+def running_on_both(machine: VirtualMachine, first: str, second: str) -> Iterator[Load]:
+    """Run a writer `p` that syncs each file on one file system, and then on the other."""
+    with _running(machine, "p", f"load p {first} {second} &") as load:
+        yield load
+
+
+@contextlib.contextmanager
+def _running(machine: VirtualMachine, writers: str, programs: str) -> Iterator[Load]:
+    machine.run("rm -f /run/stop")
+    load = Load(machine, writers)
     machine.run(f"({programs}) 3>&- >/dev/null 2>&1")
     yield load
     machine.run("touch /run/stop; while pidof load scribble >/dev/null; do usleep 20000; done")
@@ -148,8 +167,10 @@ def files_in(image: Path, folder: Path) -> dict[str, bytes]:
 
 def check_snapshot(
     image: Path, folder: Path, promised: set[str], *, all_whole: bool = False
-) -> None:
+) -> dict[str, bytes]:
     """Check an image of one instant: sound, and with every file whole that was synced before it.
+
+    Returns the files in it, by name.
 
     Args:
         image: The image; the journal in it is replayed.
@@ -166,6 +187,7 @@ def check_snapshot(
     assert not torn & promised, f"not as the guest synced it: {sorted(torn & promised)}"
     if all_whole:
         assert not torn, f"in part: {sorted(torn)}"
+    return found
 
 
 def _debugfs(image: Path, command: str) -> str:
