@@ -67,6 +67,9 @@ class NodeSpec:
         read_only: No parent may write.
         discard: Discards are handed to the driver.
         direct: Bypass the page cache.
+        no_flush: Flushes need not be done; they are, all the same.
+        detect_zeroes: `on`, `off` or `unmap`: zeroes that come as data may be kept as zeroes; they
+            are not looked for.
         given: Names of the driver's own options that were given.
         driver_options: Every option of the driver that was given or has a default, by QMP name.
         children: Inline nodes, names of existing ones, or None for no node, by child name.
@@ -80,6 +83,8 @@ class NodeSpec:
     read_only: bool
     discard: bool
     direct: bool
+    no_flush: bool
+    detect_zeroes: str
     given: frozenset[str]
     driver_options: Mapping[str, object]
     children: Mapping[str, NodeSpec | str | None]
@@ -214,6 +219,12 @@ async def _add_implied(
 
 class _Discard(enum.Enum):
     IGNORE = "ignore"
+    UNMAP = "unmap"
+
+
+class _DetectZeroes(enum.Enum):
+    OFF = "off"
+    ON = "on"
     UNMAP = "unmap"
 
 
@@ -418,14 +429,21 @@ def _parse(options: Options) -> NodeSpec:
     node_name = options.string("node-name")
     options.read_only = options.boolean("read-only", default=options.inherited.read_only)
     discard = options.choice("discard", options.inherited.discard)
-    cache = options.mapping("cache")
+    cache, no_flush = options.mapping("cache"), False
     if cache is not None:
         options.direct = cache.boolean("direct", default=options.direct)
-        cache.only("no-flush", accepted=False)
+        no_flush = cache.boolean("no-flush", default=False)
         cache.finish()
-    options.only("auto-read-only", accepted=False)
+    options.boolean("auto-read-only", default=False)  # it allows us to, and we never have to
+    if not options.read_only and options.boolean("force-share", default=False):
+        raise CommandError("force-share=on can only be used with read-only images")
     options.only("force-share", accepted=False)
-    options.only("detect-zeroes", accepted="off")
+    detect_zeroes = options.choice("detect-zeroes", _DetectZeroes.OFF)
+    if detect_zeroes is _DetectZeroes.UNMAP and discard is not _Discard.UNMAP:
+        raise CommandError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to "
+            "unmap"
+        )
     options.taken.clear()  # the rest is the driver's own
     given = options.left()
     build = read_options(options)
@@ -436,6 +454,8 @@ def _parse(options: Options) -> NodeSpec:
         read_only=options.read_only,
         discard=discard is _Discard.UNMAP,
         direct=options.direct,
+        no_flush=no_flush,
+        detect_zeroes=detect_zeroes.value,
         given=given - options.children.keys(),
         driver_options=MappingProxyType(options.taken),
         children=MappingProxyType(options.children),

@@ -77,15 +77,16 @@ def test_options_are_taken() -> None:
             "locking": "off",
             "aio": "threads",
             "read-only": True,
-            "auto-read-only": False,
+            "auto-read-only": True,
             "force-share": False,
-            "detect-zeroes": "off",
+            "detect-zeroes": "unmap",
             "discard": "unmap",
-            "cache": {"direct": True, "no-flush": False},
+            "cache": {"direct": True, "no-flush": True},
         }
     )
 
     assert (spec.node_name, spec.read_only, spec.discard) == ("disk", True, True)
+    assert (spec.detect_zeroes, spec.no_flush) == ("unmap", True)
     assert spec.driver_options["filename"] == "a.raw"
     assert spec.driver_options["locking"] == "off"
 
@@ -145,12 +146,21 @@ def test_options_are_taken() -> None:
         ),
         ({"driver": "null-co", "cache": 1}, "Invalid parameter type for 'cache', expected: object"),
         (
-            {"driver": "null-co", "cache": {"no-flush": True}},
-            "Parameter 'cache.no-flush' has no other value here yet",
+            {"driver": "null-co", "cache": {"no-flush": 1}},
+            "Invalid parameter type for 'cache.no-flush', expected: boolean",
         ),
         (
             {"driver": "null-co", "detect-zeroes": "unmap"},
-            "Parameter 'detect-zeroes' has no other value here yet",
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to "
+            "unmap",
+        ),
+        (
+            {"driver": "null-co", "force-share": True},
+            "force-share=on can only be used with read-only images",
+        ),
+        (
+            {"driver": "null-co", "force-share": True, "read-only": True},
+            "Parameter 'force-share' has no other value here yet",
         ),
         (
             {"driver": "file", "filename": "x", "locking": "maybe"},

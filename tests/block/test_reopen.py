@@ -132,6 +132,10 @@ async def test_what_is_refused(graph: Graph, tmp_path: Path) -> None:
         ("Option 'filename' cannot be reset", raw_options("r", {"driver": "null-co"})),
         ("Cannot change the option 'filename'", raw_options("r", {**inline, "filename": "b"})),
         ("Cannot change the option 'locking'", raw_options("r", {**inline, "locking": "off"})),
+        (
+            "force-share=on can only be used with read-only images",
+            raw_options("r", inline, **{"force-share": True}),
+        ),
         ("Cannot change the option 'file.driver'", raw_options("by-name", null_options("n"))),
         ("Cannot change the option 'size'", null_options("n", size=5)),
         ("Option 'size' cannot be reset", {"driver": "null-co", "node-name": "n"}),
@@ -234,6 +238,33 @@ async def test_the_locks_outlive_a_reopen(graph: Graph, tmp_path: Path) -> None:
         await remove_all(other)
         graph.detach_root(edge)
         await remove_all(graph)
+
+
+async def test_what_may_be_switched(graph: Graph) -> None:
+    """T-R3: also what changes nothing here but what is shown."""
+    node = await null(graph, "n")
+    unmap = {"detect-zeroes": "unmap"}
+    for more, shown in (
+        ({"cache": {"no-flush": True}, "auto-read-only": True}, ("off", True)),
+        ({"detect-zeroes": "on"}, ("on", False)),
+        ({**unmap, "discard": "unmap"}, ("unmap", False)),
+        ({}, ("off", False)),
+    ):
+        await reopen(graph, [null_options("n", **more)])
+        assert node.spec is not None
+        assert (node.spec.detect_zeroes, node.spec.no_flush) == shown
+    await refused(
+        graph, "detect-zeroes to unmap is not allowed without", null_options("n", **unmap)
+    )
+
+
+async def test_locking_cannot_be_left_out_again(graph: Graph, tmp_path: Path) -> None:
+    """T-R6."""
+    image = make_image(tmp_path / "a", bytes(SIZE))
+    await add_from_options(graph, file_options("f", image, locking="off"))
+    await refused(
+        graph, "Option 'locking' cannot be reset to its default value", file_options("f", image)
+    )
 
 
 async def test_a_file_that_was_replaced_is_not_taken(graph: Graph, tmp_path: Path) -> None:

@@ -93,6 +93,30 @@ TABLE_DIFFERENCES = (
         "a node must not lose what it needs to connect again when an object goes",
     ),
     Difference(
+        "`cache.no-flush`",
+        "flushes are not done",
+        "taken and shown; flushes are done",
+        "what was flushed is not to be lost",
+    ),
+    Difference(
+        "`detect-zeroes`",
+        "looks for zeroes in what is written",
+        "taken and shown; a client's zeroes are kept as it sends them",
+        "it is for space only, and clients can write zeroes as such",
+    ),
+    Difference(
+        "`auto-read-only`",
+        "opens a file read-only where it cannot be written, or nobody writes",
+        "taken; the file is opened as `read-only` says",
+        "what is to be written and cannot be is an error at the start",
+    ),
+    Difference(
+        "`force-share`, with `read-only`",
+        "opens an image that somebody else writes",
+        "refused",
+        "what is read would be of no point in time",
+    ),
+    Difference(
         "sizes that are no multiple of 512, in `block_resize` and of files",
         "rounded up to sectors",
         "exact",
@@ -147,12 +171,28 @@ def _start(kind: str, data: Json, **more: Json) -> Step:
     return Step("nbd-server-start", {"addr": {"type": kind, "data": data}, **given}, text=False)
 
 
+_N = {"driver": "null-co", "node-name": "n", "size": _MIB}
+_EVERY_NODE = {
+    "detect-zeroes": "unmap",
+    "discard": "unmap",
+    "auto-read-only": True,
+    "cache": {"no-flush": True, "direct": True},
+}
 _BACKUP = {"device": "a", "target": "t", "job-id": "j"}
 _UNIX = {"path": "FOLDER/nbd"}
 
 TABLE_STEPS = (
     Step("query-commands", result="any"),
     Step("query-qmp-schema", result="any"),
+    # options of every node
+    Step("blockdev-add", {**_N, "detect-zeroes": "unmap"}),
+    Step("blockdev-add", {**_N, "force-share": True}),
+    Step("blockdev-add", {**_N, **_EVERY_NODE}),
+    Step("blockdev-reopen", {"options": [{**_N, **_EVERY_NODE, "detect-zeroes": "on"}]}),
+    Step("query-named-block-nodes", {"flat": True}, result="subset", ignore=("file", "filename")),
+    Step("blockdev-reopen", {"options": [_N]}),
+    _NODES,
+    Step("blockdev-del", {"node-name": "n"}),
     # jobs by the old names
     *(
         Step("blockdev-add", {"driver": "null-co", "node-name": name, "size": _MIB})

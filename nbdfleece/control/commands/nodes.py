@@ -163,9 +163,13 @@ async def describe(node: Node, *, flat: bool = False) -> Mapping[str, Json]:
         "file": driver.image_name(),
         "ro": node.read_only,
         "encrypted": False,
-        "detect_zeroes": "off",
+        "detect_zeroes": "off" if node.spec is None else node.spec.detect_zeroes,
         "write_threshold": node.write_threshold,
-        "cache": {"writeback": True, "direct": driver.bypasses_cache(), "no-flush": False},
+        "cache": {
+            "writeback": True,
+            "direct": driver.bypasses_cache(),
+            "no-flush": node.spec is not None and node.spec.no_flush,
+        },
         **dict.fromkeys(_LIMITS, 0),
     }
     if node.bitmaps:
