@@ -191,6 +191,26 @@ async def test_description_and_flags_are_what_was_asked_for(
     assert "qemu:allocation-depth" not in first["contexts"]
 
 
+def test_the_depth_of_an_overlay_is_told_layer_by_layer(
+    served: StorageDaemon, program: Program
+) -> None:
+    """T-N5: two at the bottom, one where the overlay has data, none where nobody has."""
+    for image, backing, where in (
+        ("base", (), "write 0 2M"),
+        ("top", ("-b", "base", "-F", "qcow2"), "write 1M 2M"),
+    ):
+        path = str(served.folder / image)
+        run(program("qemu-img"), "create", "-q", "-f", "qcow2", *backing, path, "4M")
+        run(program("qemu-io"), "-f", "qcow2", "-c", where, path)
+    file = {"driver": "file", "filename": "top"}
+    served.ask("blockdev-add", {"driver": "qcow2", "node-name": "top", "file": file})
+    served.ask("block-export-add", export("d", "top", name="d", allocation_depth=True))
+    words = ("--map=qemu:allocation-depth", "--json", served.uri("d"))
+    rows = json.loads(run(program("nbdinfo"), *words).stdout)
+    told = [(row["offset"] // MiB, row["length"] // MiB, row["type"]) for row in rows]
+    assert told == [(0, 1, 2), (1, 2, 1), (3, 1, 0)]
+
+
 @pytest.mark.parametrize(("most", "several"), [(0, True), (1, False), (2, True)])
 async def test_one_connection_at_most_is_no_multi_conn(
     daemon: StorageDaemon, most: int, several: bool

@@ -13,6 +13,7 @@ import pytest
 from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.extent import Extent
 from nbdfleece.block import permissions as perms
+from nbdfleece.block.bitmap import new_bitmap
 from nbdfleece.block.drain import drained
 from nbdfleece.block.driver import Driver
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite
@@ -609,6 +610,38 @@ async def test_discard_source_gives_up_what_has_been_copied(bench: Bench, tmp_pa
     assert (tmp_path / "temp").stat().st_blocks == 0
     await cbw.write(0, memoryview(b"m" * 16 * CLUSTER), fua=False)
     assert (tmp_path / "temp").stat().st_blocks == 0
+
+
+async def test_a_bitmap_on_the_temp_tells_what_was_saved_and_nothing_after_a_discard(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """T-D1, T-D2, with the bitmap of the scenario."""
+    cbw, _, old = await point_in_time(bench, tmp_path, 2 * MiB)
+    temp = cbw.child("target").node
+    bitmap = temp.bitmaps["m"] = new_bitmap(temp, "m", None, enabled=True)
+    await bench.add("b", MemoryDriver(bytearray(len(old))))
+    await cbw.write(0, memoryview(b"n" * MiB), fua=False)
+    assert bitmap.count() == MiB
+    await (await bench.backup(discard_source=True)).wait_concluded()
+    assert await read_all(bench.graph.find("b")) == old
+    bitmap.take()
+    bitmap.settle()
+    await cbw.write(MiB // 2, memoryview(b"m" * MiB), fua=False)
+    assert bitmap.count() == 0
+
+
+async def test_a_disk_of_4097_bytes_with_a_bitmap_of_4096(bench: Bench) -> None:
+    """T-J7."""
+    old = random.Random(3).randbytes(4097)
+    node = await bench.add("a", MemoryDriver(bytearray(old)))
+    await bench.add("b", MemoryDriver(bytearray(4097)))
+    bitmap = node.bitmaps["m"] = new_bitmap(node, "m", 4096, enabled=True)
+    bitmap.set(0, 4097)
+    job = await bench.backup(bitmap="m", bitmap_mode=BitmapMode.ALWAYS)
+    await job.wait_concluded()
+    assert bench.ended().error is None
+    assert await read_all(bench.graph.find("b")) == old
+    assert node.bitmaps["m"].count() == 0
 
 
 async def test_cancel_lets_go_of_a_target_that_never_answers(
