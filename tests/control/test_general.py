@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.daemon_process import Daemon, make_disk
 from tests.support.live import ask, client, eventually, serving, snapshot, soon
+from tests.support.nbd_client import connected
+from tests.support.storage_daemon import StorageDaemon
 
 pytestmark = pytest.mark.slow
 
@@ -95,3 +97,35 @@ async def test_a_held_write_is_not_carried_out_by_the_end_of_the_daemon(
         with pytest.raises((OSError, EOFError, AssertionError)):
             await soon(write)
     assert (short_tmp / "vda.raw").read_bytes() == b"\1" * (1 << 20)
+
+
+async def test_a_storage_daemon_answers_what_a_machine_is_asked_first(short_tmp: Path) -> None:
+    disk = make_disk(short_tmp / "a.raw", 1 << 20)
+    with StorageDaemon(
+        short_tmp,
+        *("--blockdev", "file,node-name=a,filename=a.raw"),
+        *("--nbd-server", "addr.type=unix,addr.path=nbd.sock"),
+        *("--export", "nbd,id=live,node-name=a,name=live,writable=on"),
+    ) as machine:
+        first = [machine.ask(name) for name in ("query-status", "query-name", "query-tpm")]
+        assert first == [{"running": True, "singlestep": False, "status": "running"}, {}, []]
+        machine.ask("block-dirty-bitmap-add", {"node": "a", "name": "b"})
+        (row,) = machine.ask("query-block")
+        assert row["device"] == "live"
+        assert [each["name"] for each in row["inserted"]["dirty-bitmaps"]] == ["b"]
+        assert row["inserted"]["image"]["virtual-size"] == 1 << 20
+        drive = {"path": row["qdev"], "property": "drive"}
+        assert machine.ask("qom-get", drive) == "a"
+
+        async with connected(str(short_tmp / "nbd.sock"), "live") as guest:
+            machine.ask("stop")
+            assert machine.ask("query-status")["status"] == "paused"
+            write = asyncio.create_task(guest.write(0, b"\7" * 4096))
+            for _ in range(20):
+                await asyncio.to_thread(machine.ask, "query-status")
+            assert not write.done()
+            assert disk.read_bytes() == b"\1" * (1 << 20)
+            machine.ask("cont")
+            await soon(write)
+        (row,) = machine.ask("query-block")
+        assert row["inserted"]["dirty-bitmaps"][0]["count"] == 64 << 10

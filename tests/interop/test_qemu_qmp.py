@@ -9,6 +9,7 @@ import pytest
 from qemu.qmp import EventListener, ExecuteError, QMPClient
 
 from tests.support.daemon_process import Daemon, make_disk
+from tests.support.storage_daemon import StorageDaemon
 
 
 @pytest.fixture
@@ -70,3 +71,28 @@ async def test_two_monitors_at_once(daemon: Daemon) -> None:
     finally:
         await one.disconnect()
         await two.disconnect()
+
+
+async def test_a_storage_daemon_under_a_backup(short_tmp: Path) -> None:
+    nodes = (f"null-co,node-name={name},size=1048576,read-zeroes=on" for name in ("a", "b"))
+    options = [word for node in nodes for word in ("--blockdev", node)]
+    with StorageDaemon(short_tmp, *options):
+        client = QMPClient("test")
+        await client.connect(str(short_tmp / "qmp.sock"))
+        try:
+            states = []
+            with client.listener(("JOB_STATUS_CHANGE", "BLOCK_JOB_COMPLETED")) as heard:
+                arguments = {"job-id": "j", "device": "a", "target": "b", "sync": "full"}
+                assert await client.execute("blockdev-backup", arguments) == {}
+                async for event in heard:
+                    states.append(event["data"].get("status", event["event"]))
+                    if states[-1] == "null":
+                        break
+            assert [state for state in states if state not in ("paused", "running")] == [
+                *("created", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null")
+            ]
+            with pytest.raises(ExecuteError) as refused:
+                await client.execute("block-job-cancel", {"device": "j"})
+            assert refused.value.error_class == "DeviceNotActive"
+        finally:
+            await client.disconnect()
