@@ -41,6 +41,7 @@ CLIENTS = {
     "nbd-client": "nbd-client",
     "fio": "fio",
     "bash": "bash",
+    "borg": "borgbackup",
     "zsh": "zsh",
     "fish": "fish",
     "mandoc": "mandoc",
