@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias, TypeVar
 
 from nbdfleece.base.errors import ConfigError, NbdfleeceError
@@ -29,7 +31,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
-        raise UsageError(self.prog, message)
+        raise UsageError(self.prog, _plain(message))
+
+
+_NO_COMMAND: Final = re.compile(
+    r"argument (?:SUB)?COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL
+)
+_ARGUMENTS_MISSING: Final = "the following arguments are required: "
+
+
+def _plain(message: str) -> str:
+    """Return what argparse says in words for people."""
+    found = _NO_COMMAND.fullmatch(message)
+    if found is not None:
+        commands = [name.strip("' ") for name in found[2].split(",")]
+        close = difflib.get_close_matches(found[1], commands, 1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(commands)}"
+        return f"there is no '{found[1]}'; {hint}"
+    if message.startswith(_ARGUMENTS_MISSING):
+        return f"missing: {message.removeprefix(_ARGUMENTS_MISSING)}"
+    return message
 
 
 # Commands with a name and no code yet: refused in one line.

@@ -47,6 +47,27 @@ def test_wrong_usage(command: list[str]) -> None:
     assert done.err.startswith("nbdfleece: ")
 
 
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ([], "command line: missing: COMMAND (see nbdfleece --help)"),
+        (
+            ["serv"],
+            "command line: there is no 'serv'; did you mean 'serve'? (see nbdfleece --help)",
+        ),
+        (
+            ["disk", "zz"],
+            "disk: there is no 'zz'; there are add, remove, list (see nbdfleece disk --help)",
+        ),
+        (["map"], "map: missing: DISK|DISK@NAME (see nbdfleece map --help)"),
+    ],
+    ids=" ".join,
+)
+def test_what_a_newcomer_gets_wrong_is_said_in_plain_words(command: list[str], text: str) -> None:
+    done = nbdfleece(*command)
+    assert (done.code, done.err) == (2, f"nbdfleece: {text}\n")
+
+
 @pytest.mark.parametrize("command", ["status", "health", "snapshot list", "client list"])
 def test_without_a_daemon(short_tmp: Path, command: str) -> None:
     done = nbdfleece(*command.split(), "--control", short_tmp / "control.sock")
