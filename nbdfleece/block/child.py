@@ -11,6 +11,8 @@ import enum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nbdfleece.block.node import Node
 
 
@@ -67,11 +69,13 @@ class Child:
         node: Where it leads.
         perm: What the parent does to the node (bits of block.permissions).
         shared: What it bears other parents doing.
-        frozen: Why the edge may not be re-pointed now, or None.
+        frozen: Why the edge may not be re-pointed now: reasons, of which any is enough.
         stays: The edge is left alone when a filter is put above the node (that of a job).
+        guard: Asked behind each look through the edge (offset, length) whether what was seen may be
+            given away; it raises IoError when not. See block.fleeced_backing.
     """
 
-    __slots__ = ("frozen", "name", "node", "parent", "perm", "role", "shared", "stays")
+    __slots__ = ("frozen", "guard", "name", "node", "parent", "perm", "role", "shared", "stays")
 
     def __init__(
         self, name: str, role: Role, parent: Parent, node: Node, *, perm: int, shared: int
@@ -82,8 +86,9 @@ class Child:
         self.node = node
         self.perm = perm
         self.shared = shared
-        self.frozen: str | None = None
+        self.frozen: list[str] = []
         self.stays = False
+        self.guard: Callable[[int, int], None] | None = None
 
     def describe(self) -> str:
         """Return how to call this use of the node in an error."""

@@ -428,6 +428,15 @@ class GraphChange:
 
         self._undo.append(put_back)
 
+    def unguard(self, edge: Child) -> None:
+        """Let everybody look through an edge that leads elsewhere now."""
+        old, edge.guard = edge.guard, None
+
+        def put_back() -> None:
+            edge.guard = old
+
+        self._undo.append(put_back)
+
     def commit(self, nodes: Iterable[Node]) -> None:
         """Check the permissions of the final graph and keep the change.
 
@@ -535,8 +544,8 @@ def _stays_at_node(edge: Child) -> bool:
 
 
 def _check_not_frozen(edge: Child) -> None:
-    if edge.frozen is not None:
+    if edge.frozen:
         raise CommandError(
             f"Cannot change frozen '{edge.name}' link from {edge.parent.describe_parent()} "
-            f"to '{edge.node.name}': {edge.frozen}"
+            f"to '{edge.node.name}': {edge.frozen[0]}"
         )

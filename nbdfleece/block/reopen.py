@@ -293,6 +293,9 @@ def _change_edges(edges: GraphChange, changes: Sequence[_Change]) -> None:
             edges.detach(edge)
     edges.repoint_all([move for change in changes for move in change.moves.items()])
     for change in changes:
+        for edge in change.moves:
+            edges.unguard(edge)
+    for change in changes:
         for name, node in change.new.items():
             role = change.spec.roles[name]
             edges.attach(Child(name, role, change.node, node, perm=0, shared=permissions.ALL))

@@ -140,7 +140,7 @@ async def test_a_filter_that_would_make_two_writers_is_refused_and_nothing_chang
     exclusive = await over(graph, Exclusive(), file=(node, FILTERED))
     writer_beside = graph.attach_root("x", Root("beside"), exclusive.file.node,  # type: ignore
                                       perm=perms.WRITE, shared=perms.ALL)  # fmt: skip
-    writer_beside.frozen = "held here"
+    writer_beside.frozen = ["held here"]
     before = picture(graph)
     with pytest.raises(CommandError):
         graph.insert_filter(exclusive)
@@ -267,7 +267,7 @@ async def test_a_frozen_edge_is_neither_removed_nor_repointed() -> None:
     top = await over(graph, PassThrough(), file=(low, FILTERED))
     other = await over(graph, PassThrough(), file=(low, FILTERED))
     assert top.file is not None
-    top.file.frozen = "a job needs it"
+    top.file.frozen = ["a job needs it"]
     change = GraphChange()
     with pytest.raises(CommandError, match=f"frozen.*{top.name}.*{low.name}"):
         change.detach(top.file)

@@ -440,9 +440,9 @@ async def test_frozen_and_implicit_children_stay(graph: Graph) -> None:
     node = await raw(graph, "r", "filter")
     assert node.file is not None
 
-    node.file.frozen = "job 'j' needs it"
+    node.file.frozen = ["job 'j' needs it"]
     await refused(graph, "Cannot change frozen 'file' link", raw_options("r", "other"))
-    node.file.frozen = None
+    node.file.frozen = []
     filtering.is_implicit = True
     await reopen(graph, [raw_options("r", "n")])
     assert node.file.node is filtering, "the same, looked at through the filter"

@@ -117,6 +117,24 @@ DIFFERENCES = (
         "that is no device",
     ),
     Difference(
+        "an overlay over the source itself as target of `blockdev-backup` or copy-before-write",
+        "may hold data already, and can lose its backing meanwhile",
+        "has to be empty; the links between the two are frozen",
+        "what is exported from it would not be of one instant",
+    ),
+    Difference(
+        "the same overlay when the job has ended, failed, or the filter has left",
+        "shows the disk as it is now",
+        "gives what it holds itself; the rest is EIO until `blockdev-reopen` gives another backing",
+        "a client that still reads would get newer data, without knowing",
+    ),
+    Difference(
+        "going back to an internal snapshot",
+        "no command; `qemu-img snapshot -a`",
+        "no command; `qemu-img snapshot -a` on an image that is not served",
+        "a guest that goes on would write its cached state over the older disk",
+    ),
+    Difference(
         "`blockdev-create` of a file that somebody writes or counts on",
         "its content is gone, unless an image lock forbids it",
         "the same; a file that could not be made is removed where there was none before",

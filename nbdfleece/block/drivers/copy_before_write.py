@@ -51,6 +51,7 @@ from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent, clip, merge
 from nbdfleece.base.limits import COPY_PIECE, MIN_CLUSTER
 from nbdfleece.base.notify import Notifier
 from nbdfleece.base.units import align_up, ceil_div, is_power_of_2
+from nbdfleece.block import fleeced_backing
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.driver import Driver, Reopening
 from nbdfleece.block.ranges import RangeList
@@ -61,6 +62,7 @@ from nbdfleece.datapath.step import background
 if TYPE_CHECKING:
     from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.child import Child
+    from nbdfleece.block.fleeced_backing import FleecedBacking
     from nbdfleece.block.node import Node
     from nbdfleece.datapath.route import EarlyReply
 
@@ -110,6 +112,8 @@ class CopyBeforeWrite(Driver):
     is_filter: ClassVar[bool] = True
     changeable: ClassVar[frozenset[str]] = frozenset({"on-cbw-error", "cbw-timeout"})
     repointable: ClassVar[frozenset[str]] = frozenset()  # another disk has another point in time
+    _overlay: FleecedBacking | None = None  # the target is over the source
+    _has_begun = False  # somebody may count on the point in time
 
     def __init__(
         self,
@@ -159,7 +163,21 @@ class CopyBeforeWrite(Driver):
         if self._bitmap is not None:
             self._sample(self._bitmap, source.size)
             self._bitmap = None
+        why = f"node '{self.node.name}' preserves a point in time there"
+        self._overlay = await fleeced_backing.guard(source, target, why, self._check_overlay)
         return source.size
+
+    async def close(self) -> None:
+        """Let go of the target; see Driver.close."""
+        if self._overlay is not None:
+            self._overlay.release()
+
+    def set_permissions(self, perm: int, shared: int) -> None:
+        """Learn whether anybody counts on the filter: without it, an overlay shows live data."""
+        if self.node.parents:
+            self._has_begun = True
+        elif self._has_begun and self._overlay is not None:
+            self._overlay.cut(f"node '{self.node.name}' has left its place")
 
     async def truncate(self, size: int) -> None:
         """Refuse: the point in time has the size that it has."""
@@ -283,6 +301,8 @@ class CopyBeforeWrite(Driver):
             raise error
         if self.error is None:
             self.error = error
+            if self._overlay is not None:
+                self._overlay.cut(f"old data could not be saved: {error}")
             self.broken.publish(error)
 
     # --- saving ----------------------------------------------------------------------------
@@ -713,6 +733,16 @@ class CopyBeforeWrite(Driver):
             )
         if self._states.find(GONE, *self._clusters(offset, length)) >= 0:
             raise IoError(errno.EACCES, self._where("snapshot read", offset, length))
+
+    def _check_overlay(self, offset: int, length: int) -> None:
+        """Check that what `file` holds may be seen through the target's backing (fleeced_backing).
+
+        Raises:
+            IoError: Some of it is not preserved, and may have been overwritten.
+        """
+        end = min(offset + length, self.node.size)
+        if offset < end:
+            self._check_readable(offset, end - offset)
 
     # --- arithmetic ----------------------------------------------------------------------------
 

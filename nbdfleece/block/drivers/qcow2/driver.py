@@ -6,6 +6,7 @@ the image does not hold.
 
 from __future__ import annotations
 
+import errno
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -32,10 +33,13 @@ from nbdfleece.formats.qcow2.header import EXT_BACKING_FORMAT
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
+    from typing import TypeAlias
 
     from nbdfleece.block.node import Node
     from nbdfleece.formats.qcow2.tables import Run
+
+    Look: TypeAlias = Callable[[int, int], Awaitable[list[Extent]]]
 
 _log: Final = logging.getLogger(__name__)
 
@@ -312,6 +316,11 @@ class Qcow2Driver(Driver):
 
     def _read_backing_now(self, offset: int, view: memoryview) -> bool:
         backing = self.node.backing
+        if backing is not None and backing.guard is not None:
+            try:
+                backing.guard(offset, len(view))
+            except IoError:
+                return False
         if backing is None or backing.node.size <= offset:
             view[:] = bytes(len(view))
             return True
@@ -340,9 +349,9 @@ class Qcow2Driver(Driver):
                 if run.kind in (t.ZERO_PLAIN, t.ZERO_HOST):
                     part[:] = bytes(run.length)
                 elif not view and not running:
-                    await self._read_run(run, offset, part)
+                    await self._read_active_run(run, offset, part)
                 else:
-                    running.append(background(self._read_run(run, offset, part)))
+                    running.append(background(self._read_active_run(run, offset, part)))
                 offset += run.length
         except IoError:
             await ended(running)  # they write to a buffer of the caller
@@ -362,6 +371,21 @@ class Qcow2Driver(Driver):
         except ImageError as error:
             raise image.damaged(error) from error
 
+    async def _read_active_run(self, run: Run, offset: int, view: memoryview) -> None:
+        """As `_read_run`, of the disk as it is now; see block.fleeced_backing, F2."""
+        await self._read_run(run, offset, view)
+        if run.kind != t.UNALLOCATED or not self._is_backing_guarded():
+            return
+        while view:
+            again = await self._run(offset, len(view))
+            if again.kind != t.UNALLOCATED:
+                await self._read_runs(offset, view[: again.length])
+            offset, view = offset + again.length, view[again.length :]
+
+    def _is_backing_guarded(self) -> bool:
+        backing = self.node.backing
+        return backing is not None and backing.guard is not None
+
     async def _read_run(self, run: Run, offset: int, view: memoryview) -> None:
         if run.kind == t.DATA:
             await _read_padded(self.image.data, run.host, view)
@@ -371,6 +395,8 @@ class Qcow2Driver(Driver):
                 view[:] = bytes(len(view))
             else:
                 await _read_padded(backing.node, offset, view)
+                if backing.guard is not None:
+                    backing.guard(offset, len(view))
         else:
             cluster = await self._read_compressed(run.host)
             inside = offset % self.image.geometry.cluster_size
@@ -410,11 +436,34 @@ class Qcow2Driver(Driver):
         snapshots.hold(snapshot)
         try:
             return await open_reader(
-                self.image, snapshots, snapshot, self._read_run, self._backing_status
+                self.image, snapshots, snapshot, self._read_saved_run, self._saved_backing_status
             )
         except BaseException:
             snapshots.release(snapshot)
             raise
+
+    async def _read_saved_run(self, run: Run, offset: int, view: memoryview) -> None:
+        """As `_read_run`, for an internal snapshot."""
+        if run.kind == t.UNALLOCATED:
+            self._check_backing_stands_still(offset, len(view))
+        await self._read_run(run, offset, view)
+        if run.kind == t.UNALLOCATED:
+            self._check_backing_stands_still(offset, len(view))
+
+    async def _saved_backing_status(self, offset: int, length: int) -> list[Extent]:
+        found = await self._backing_status(offset, length)
+        self._check_backing_stands_still(offset, length)
+        return found
+
+    def _check_backing_stands_still(self, offset: int, length: int) -> None:
+        """Insist that nobody overwrites what is behind: what is saved of it is not in snapshots.
+
+        Raises:
+            IoError: Somebody does.
+        """
+        if self._is_backing_guarded():
+            where = self._where("snapshot read", offset, length)
+            raise IoError(errno.EIO, f"{where}: its backing is a disk in use")
 
     # --- status ----------------------------------------------------------------------------
 
@@ -426,13 +475,27 @@ class Qcow2Driver(Driver):
             run = await self._run(offset, end - offset)
             looked_at += 0 if run.kind == t.UNALLOCATED else run.length >> bits
             if run.kind == t.UNALLOCATED:
-                found += await self._backing_status(offset, run.length)
+                behind = await self._look_behind(self._backing_status, offset, run.length)
+                if not behind:
+                    continue  # written meanwhile
+                found += behind
             elif run.kind == t.ZERO_PLAIN:
                 found.append(Extent(offset, run.length, HOLE | ZERO))
             else:
                 found.append(Extent(offset, run.length, ZERO if run.kind == t.ZERO_HOST else DATA))
             offset = found[-1].end
         return merge(found)
+
+    async def _look_behind(self, look: Look, offset: int, length: int) -> list[Extent]:
+        """Return what is told of the backing, as far as the image still holds nothing there."""
+        found = await look(offset, length)
+        backing = self.node.backing
+        if backing is None or backing.guard is None:
+            return found
+        length = found[-1].end - offset
+        backing.guard(offset, length)
+        again = await self._run(offset, length)
+        return clip(found, offset, again.length) if again.kind == t.UNALLOCATED else []
 
     async def _backing_status(self, offset: int, length: int) -> list[Extent]:
         backing = self.node.backing
@@ -449,7 +512,10 @@ class Qcow2Driver(Driver):
             run = await self._run(offset, end - offset)
             looked_at += 0 if run.kind == t.UNALLOCATED else run.length >> bits
             if run.kind == t.UNALLOCATED:
-                found += await self._backing_depth(offset, run.length)
+                behind = await self._look_behind(self._backing_depth, offset, run.length)
+                if not behind:
+                    continue  # written meanwhile
+                found += behind
             else:
                 found.append(Extent(offset, run.length, 1))
             offset = found[-1].end
