@@ -351,7 +351,7 @@ TABLE_DEFECTS = (
                 },
             ),
         ),
-        "Cannot change what is behind the 'target' child of",
+        "Cannot change frozen 'backing' link from node 'q' to 'a'",
     ),
     Defect(
         "`block-dirty-bitmap-add` of a persistent bitmap on a node that is read-only",
