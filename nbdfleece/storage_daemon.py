@@ -180,7 +180,9 @@ class StorageDaemon:
         """
         try:
             if name == "--blockdev":
-                await add_from_options(self._graph, _members(value, "driver"))
+                options = context.objects.resolved(_members(value, "driver"))
+                assert isinstance(options, Mapping), "it was"
+                await add_from_options(self._graph, options)
             elif name == "--chardev":
                 await self._add_chardev(tasks, value)
             elif name == "--monitor":

@@ -8,6 +8,7 @@ Invariants
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,19 @@ from nbdfleece.base.errors import CommandError, InUse, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from nbdfleece.protocol.qmp.values import Json
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCredentials:
+    """What a node of the driver nbd goes by; it reads the files itself, at each connection.
+
+    Attributes:
+        folder: As `Target` has it.
+    """
+
+    folder: str
 
 
 def _nothing() -> None:
@@ -72,6 +86,34 @@ class Objects:
     def find(self, object_id: str) -> Object | None:
         """Return the object with this id, or None."""
         return self._objects.get(object_id)
+
+    def resolved(self, options: Json) -> Json:
+        """Return options of nodes with folders in place of the ids of client credentials.
+
+        A folder, which has a slash, may be given for an id. A node keeps no hold of the object.
+
+        Raises:
+            CommandError: There is no such object, or it is another kind of thing.
+        """
+        if isinstance(options, list):
+            return [self.resolved(each) for each in options]
+        if not isinstance(options, Mapping):
+            return options
+        found = {name: self.resolved(value) for name, value in options.items()}
+        name = found.get("tls-creds")
+        if found.get("driver") == "nbd" and isinstance(name, str) and "/" not in name:
+            found["tls-creds"] = self._client_credentials(name).folder
+        return found
+
+    def _client_credentials(self, object_id: str) -> ClientCredentials:
+        found = self._objects.get(object_id)
+        if found is None:
+            raise CommandError(f"No TLS credentials with id '{object_id}'")
+        if not found.kind.startswith("tls-creds-"):
+            raise CommandError(f"Object with id '{object_id}' is not TLS credentials")
+        if not isinstance(found.value, ClientCredentials):
+            raise CommandError("Expected TLS credentials for a client endpoint")
+        return found.value
 
     def remove(self, object_id: str) -> None:
         """Forget an object.

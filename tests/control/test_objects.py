@@ -56,7 +56,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageDaemon]:
         ),
         (
             {"qom-type": "tls-creds-x509", "id": "o", "dir": "."},
-            "only endpoint=server is there: a client's node has the folder as 'tls-creds'",
+            "Unable to access credentials ./ca-cert.pem: No such file or directory",
         ),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else None,
@@ -171,6 +171,48 @@ def test_a_group_in_use_stays(daemon: StorageDaemon) -> None:
     assert daemon.error("object-del", {"id": "used"}) == in_use
     daemon.ask("blockdev-del", {"node-name": "t"})
     assert daemon.ask("object-del", {"id": "used"}) == {}
+
+
+def test_a_node_goes_by_credentials_of_a_client(
+    daemon: StorageDaemon, short_tmp: Path, pki: Pki
+) -> None:
+    tls = {"qom-type": "tls-creds-x509"}
+    daemon.ask("object-add", {**tls, "id": "mine", "dir": str(pki.client("backup1"))})
+    daemon.ask("object-add", {**tls, "id": "theirs", "endpoint": "server", "dir": str(pki.server)})
+    daemon.ask("object-add", {"qom-type": "authz-list", "id": "no-creds"})
+    daemon.ask("blockdev-add", {"driver": "null-co", "node-name": "null", "size": 4096})
+    port = {"type": "inet", "data": {"host": "localhost", "port": "0"}}
+    refusal = daemon.error("nbd-server-start", {"addr": port, "tls-creds": "mine"})
+    assert refusal == "Expected TLS credentials for a server endpoint"
+    path = {"type": "unix", "path": str(short_tmp / "s")}
+    daemon.ask(
+        "nbd-server-start",
+        {"addr": {"type": "unix", "data": {"path": path["path"]}}, "tls-creds": "theirs"},
+    )
+    daemon.ask("block-export-add", {"type": "nbd", "id": "e", "node-name": "null", "name": "x"})
+    node = {
+        "driver": "nbd",
+        "node-name": "n",
+        "server": path,
+        "export": "x",
+        "read-only": True,
+        "tls-hostname": "localhost",
+    }
+    for name, text in (
+        ("nope", "No TLS credentials with id 'nope'"),
+        ("no-creds", "Object with id 'no-creds' is not TLS credentials"),
+        ("theirs", "Expected TLS credentials for a client endpoint"),
+    ):
+        assert daemon.error("blockdev-add", {**node, "tls-creds": name}) == text
+    raw = {"driver": "raw", "node-name": "r", "read-only": True}
+    daemon.ask("blockdev-add", {**raw, "file": {**node, "tls-creds": "mine"}})
+    daemon.ask("blockdev-reopen", {"options": [{**raw, "file": {**node, "tls-creds": "mine"}}]})
+    daemon.ask("object-del", {"id": "mine"})
+    daemon.ask("blockdev-del", {"node-name": "r"})
+    daemon.ask("nbd-server-stop")
+    daemon.ask("blockdev-del", {"node-name": "null"})
+    for name in ("theirs", "no-creds"):
+        daemon.ask("object-del", {"id": name})
 
 
 def test_what_there_is(daemon: StorageDaemon, group: str) -> None:

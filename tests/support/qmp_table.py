@@ -87,10 +87,10 @@ TABLE_DIFFERENCES = (
         "who sits in between reads and changes everything",
     ),
     Difference(
-        "`object-add` of `tls-creds-x509` with `endpoint` client; `tls-creds` of the driver `nbd`",
-        "the id of such an object",
-        "no such objects; `tls-creds` is the folder itself",
-        "a node must not lose what it needs to connect again when an object goes",
+        "`tls-creds` of the driver `nbd`; `object-add` of `tls-creds-psk` for a client",
+        "the id of an object with certificates or keys",
+        "of one with certificates, or their folder itself, with a slash in its name; no keys",
+        "Python has pre-shared keys from 3.13 on only",
     ),
     Difference(
         "`cache.no-flush`",

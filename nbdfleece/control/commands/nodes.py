@@ -7,6 +7,7 @@ disk (control.devices): what a program written for a virtual machine takes for o
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, cast
 
 from nbdfleece.base.errors import CommandError, InUse, IoError, NotFound
@@ -27,8 +28,6 @@ from nbdfleece.protocol.qmp.schema import Array, Boolean, Integer, String, Struc
 from nbdfleece.server.export import Export
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.child import Child
     from nbdfleece.block.internal_snapshots import SnapshotInfo
@@ -49,8 +48,19 @@ _LIMITS: Final = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 
 async def _add(context: Context, arguments: Arguments) -> Json:
     """Make a node, with the children whose options are nested in its own."""
-    await add_from_options(context.graph, arguments.members)
+    await add_from_options(context.graph, _resolved(context, arguments))
     return {}
+
+
+def _resolved(context: Context, arguments: Arguments) -> Mapping[str, Json]:
+    """Return the arguments with what they name among the objects.
+
+    Raises:
+        CommandError: It is not there.
+    """
+    options = context.objects.resolved(dict(arguments.members))
+    assert isinstance(options, Mapping), "it was"
+    return options
 
 
 class _Add(Action):
@@ -60,7 +70,9 @@ class _Add(Action):
 
     async def prepare(self) -> None:
         """See Action.prepare."""
-        self._node = await add_from_options(self.context.graph, self.arguments.members)
+        self._node = await add_from_options(
+            self.context.graph, _resolved(self.context, self.arguments)
+        )
 
     async def abort(self) -> None:
         """See Action.abort."""
@@ -88,7 +100,7 @@ async def _del(context: Context, arguments: Arguments) -> Json:
 
 async def _reopen(context: Context, arguments: Arguments) -> Json:
     """Give nodes other options: all of them, or none when anything is refused."""
-    options = arguments.members["options"]
+    options = _resolved(context, arguments)["options"]
     assert isinstance(options, list), "as declared"
     await reopen(context.graph, options)
     return {}

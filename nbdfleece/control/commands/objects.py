@@ -7,6 +7,7 @@ do so.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +18,7 @@ from nbdfleece.base.errors import CommandError, ConfigError
 from nbdfleece.block.throttle import MEMBERS
 from nbdfleece.block.throttle_group import make_throttle_group
 from nbdfleece.control.command import Command
-from nbdfleece.control.objects import Object
+from nbdfleece.control.objects import ClientCredentials, Object
 from nbdfleece.protocol.qmp.schema import Array, Boolean, Enum, Integer, String, Struct, Union
 from nbdfleece.server.authz import make_authz
 from nbdfleece.server.tls import (
@@ -88,6 +89,9 @@ def _make_authz(kind: str, properties: Properties) -> object:
 
 
 def _make_x509(_kind: str, properties: Properties) -> object:
+    if properties.get("endpoint", "client") == "client":
+        folder = _folder(properties, (CA_CERT,))
+        return ClientCredentials(os.path.abspath(folder))
     return _credentials(
         properties,
         (CA_CERT, SERVER_CERT, SERVER_KEY),
@@ -108,13 +112,21 @@ def _credentials(
         CommandError: They are those of a client, or a file is not there.
         ConfigError: They are broken.
     """
+    folder = _folder(properties, files)
+    if properties.get("endpoint", "client") != "server":
+        raise CommandError("only endpoint=server is there: our nodes have no pre-shared keys")
+    return TlsCredentials(Path(folder), verify_peer=verify_peer)
+
+
+def _folder(properties: Properties, files: tuple[str, ...]) -> str:
+    """Return the folder that has been given.
+
+    Raises:
+        CommandError: There is none, or a file is not in it.
+    """
     if "dir" not in properties:
         raise CommandError("Missing 'dir' property value")
     folder = str(properties["dir"])
-    if properties.get("endpoint", "client") != "server":
-        raise CommandError(
-            "only endpoint=server is there: a client's node has the folder as 'tls-creds'"
-        )
     for name in files:
         try:
             Path(folder, name).open("rb").close()
@@ -122,7 +134,7 @@ def _credentials(
             raise CommandError(
                 f"Unable to access credentials {folder}/{name}: {error.strerror}"
             ) from error
-    return TlsCredentials(Path(folder), verify_peer=verify_peer)
+    return folder
 
 
 def _make_nothing(_kind: str, _properties: Properties) -> object:
