@@ -110,9 +110,9 @@ def measure(
             found.bitmap[depth] = []
             for pair in range(pairs):
                 task = make_task(pair, ours.live_uri())
-                without = load(task)
+                without = load(task).rate
                 _ask(ours, "fleece-bitmap-add", {"disk": DISK, "bitmap": _BITMAP})
-                found.bitmap[depth].append(load(task) / without)
+                found.bitmap[depth].append(load(task).rate / without)
                 _ask(ours, "fleece-bitmap-remove", {"disk": DISK, "bitmap": _BITMAP})
     finally:
         ours.stop()

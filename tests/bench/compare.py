@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from loads import Task, fresh_write_count
 from processes import BenchError
-from rows import Experiment, Row, Scene
+from rows import Disk, Experiment, Row, Scene
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -147,6 +147,8 @@ class Comparison:
 
     def _open(self, experiment: Experiment, sides: list[Side]) -> None:
         for side in sides:
+            if experiment.disk is Disk.NEW:
+                continue  # made and served run by run
             warm(side.active)
             side.tls = self._tls if experiment.is_tls else None
             with _naming(side):
@@ -160,13 +162,23 @@ class Comparison:
     def _run_once(
         self, experiment: Experiment, side: Side, pair: int, results: list[Measured]
     ) -> None:
-        settle(side.active)
-        warm(side.active, small_pages=not experiment.is_read)
+        if experiment.disk is Disk.NEW:
+            side.serve_new(self._settings.size * experiment.times)
+        else:
+            settle(side.active)
+            warm(side.active, small_pages=not experiment.is_read)
         if experiment.scene is Scene.FRESH:
             side.take_snapshot()
-        rate = experiment.load(self._task(experiment, side, pair))
-        results[0].add(side.label, rate)
+        cpu_before = side.cpu_seconds()
+        done = experiment.load(self._task(experiment, side, pair))
+        results[0].add(side.label, done.rate)
+        if experiment.cpu is not None:
+            spent = side.cpu_seconds() - cpu_before
+            results[-1].add(side.label, spent * 1e9 / done.count)
         self.peak[side.label] = max(self.peak.get(side.label, 0), side.peak_memory())
+        if experiment.disk is Disk.NEW:
+            side.stop()
+            side.active.unlink()  # not written back during the next run
         if experiment.scene is Scene.FRESH:
             writes = fresh_write_count(self._settings.size)
             results[1].add(side.label, side.temp_bytes() / writes)
@@ -176,7 +188,7 @@ class Comparison:
         is_snapshot = experiment.scene is Scene.SNAPSHOT
         return Task(
             uri=side.snapshot_uri() if is_snapshot else side.live_uri(),
-            size=self._settings.size,
+            size=self._settings.size * experiment.times,
             seed=FIRST_SEED + pair,
             runtime_s=self._settings.runtime_s,
             scratch=self._settings.scratch,

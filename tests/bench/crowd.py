@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from compare import warm
-from loads import Load, Task, copy_to_null, random_io
+from loads import Done, Load, Task, copy_to_null, random_io
 from processes import BenchError
 from sides import DISK, SNAPSHOT
 
@@ -60,7 +60,7 @@ _REQUEST_MAGIC: Final = 0x25609513
 
 def _many_times(load: Load) -> Load:
     """Return a load that runs `load` some times in a row, as one copy is short; the median rate."""
-    return lambda task: statistics.median([load(task) for _ in range(_COPIES)])
+    return lambda task: Done(statistics.median([load(task).rate for _ in range(_COPIES)]), _COPIES)
 
 
 LOADS: Final[dict[str, Load]] = {
@@ -107,11 +107,11 @@ def measure(side: Fleece, make_task: Callable[[int], Task], pairs: int) -> Crowd
         for pair in range(pairs):
             for name, load in LOADS.items():
                 warm(side.active)
-                alone = load(make_task(pair))
+                alone = load(make_task(pair)).rate
                 with _crowd(side.socket_path()):
                     _wait_settled(side)
                     warm(side.active)  # the kernel may have dropped what rested meanwhile
-                    crowded = load(make_task(pair))
+                    crowded = load(make_task(pair)).rate
                     crowd_peak = max(crowd_peak, side.peak_memory())
                 ratios[name].append(crowded / alone)
     finally:

@@ -1,9 +1,10 @@
 """The loads: nbdcopy, fio's nbd engine, and the machine's own socket rate.
 
-A load is a function of a Task that runs once and returns a rate; bigger is better. What makes a
-comparison fair is fixed here: fio gets the same seed on every side, its writes carry plain
-non-zero data (no trim, no write-zeroes), and readers keep structured replies on, which is the
-default of nbdcopy and fio. The copy-before-write of QEMU 7.2 gives wrong data otherwise.
+A load is a function of a Task that runs once and returns what was done, and at which rate; bigger
+is better. What makes a comparison fair is fixed here: fio gets the same seed on every side, its
+writes carry plain non-zero data (no trim, no write-zeroes), and readers keep structured replies on,
+which is the default of nbdcopy and fio. The copy-before-write of QEMU 7.2 gives wrong data
+otherwise.
 """
 
 from __future__ import annotations
@@ -47,7 +48,20 @@ class Task:
     scratch: Path
 
 
-Load = Callable[[Task], float]
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a load did.
+
+    Fields:
+        rate: Of the row's unit.
+        count: Requests, or MiB of a copy, in all.
+    """
+
+    rate: float
+    count: float
+
+
+Load = Callable[[Task], Done]
 
 
 def check_tools() -> None:
@@ -66,7 +80,7 @@ def check_tools() -> None:
 def copy_to_null(*options: str) -> Load:
     """Return a load that reads the whole export with nbdcopy; in MiB/s."""
 
-    def load(task: Task) -> float:
+    def load(task: Task) -> Done:
         return _timed_copy(task, [*options, task.uri, "null:"])
 
     return load
@@ -75,7 +89,7 @@ def copy_to_null(*options: str) -> Load:
 def copy_to_file() -> Load:
     """Return a load that copies the whole export to a new file with nbdcopy; in MiB/s."""
 
-    def load(task: Task) -> float:
+    def load(task: Task) -> Done:
         task.scratch.unlink(missing_ok=True)
         try:
             return _timed_copy(task, [task.uri, str(task.scratch)])
@@ -94,7 +108,7 @@ def random_io(kind: str, block: str, depth: int) -> Load:
         depth: Requests in flight.
     """
 
-    def load(task: Task) -> float:
+    def load(task: Task) -> Done:
         limit = ["--time_based", f"--runtime={task.runtime_s * 1000:.0f}ms"]
         return _fio(task, kind, block, depth, limit)
 
@@ -104,7 +118,7 @@ def random_io(kind: str, block: str, depth: int) -> Load:
 def fresh_writes(depth: int) -> Load:
     """Return a load of as many random 4 KiB guest writes as `fresh_write_count` says."""
 
-    def load(task: Task) -> float:
+    def load(task: Task) -> Done:
         limit = [f"--number_ios={fresh_write_count(task.size)}"]
         return _fio(task, "randwrite", "4k", depth, limit)
 
@@ -114,8 +128,30 @@ def fresh_writes(depth: int) -> Load:
 def write_clusters(count: int) -> Load:
     """Return a load that writes so many clusters of 64 KiB at random places."""
 
-    def load(task: Task) -> float:
+    def load(task: Task) -> Done:
         return _fio(task, "randwrite", "64k", 1, [f"--number_ios={count}"])
+
+    return load
+
+
+def new_cluster_writes(depth: int) -> Load:
+    """Return a load of random 4 KiB writes at the starts of clusters of an empty disk.
+
+    A quarter as many as the disk has clusters of 64 KiB: then 88 % of them are the first there.
+    """
+
+    def load(task: Task) -> Done:
+        limit = [f"--number_ios={max(1, task.size // CLUSTER // 4)}", f"--blockalign={CLUSTER}"]
+        return _fio(task, "randwrite", "4k", depth, limit)
+
+    return load
+
+
+def sequential_write(block: str, depth: int) -> Load:
+    """Return a load that writes the whole disk from its start, and then flushes; in requests."""
+
+    def load(task: Task) -> Done:
+        return _fio(task, "write", block, depth, ["--end_fsync=1"])
 
     return load
 
@@ -167,14 +203,14 @@ def _receive_for(reader: socket.socket, seconds: float) -> float:
     return received / MIB / spent
 
 
-def _timed_copy(task: Task, words: list[str]) -> float:
+def _timed_copy(task: Task, words: list[str]) -> Done:
     """Run nbdcopy and return MiB/s, its own start and connections included."""
     start = time.perf_counter()
     run_command(["nbdcopy", *words], timeout_s=TIMEOUT_MARGIN_S + task.size / (8 * MIB))
-    return task.size / MIB / (time.perf_counter() - start)
+    return Done(task.size / MIB / (time.perf_counter() - start), task.size / MIB)
 
 
-def _fio(task: Task, kind: str, block: str, depth: int, limit: list[str]) -> float:
+def _fio(task: Task, kind: str, block: str, depth: int, limit: list[str]) -> Done:
     argv = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={task.uri}", f"--rw={kind}"]
     argv += [f"--bs={block}", f"--iodepth={depth}", f"--size={task.size}"]
     argv += [f"--randseed={task.seed}", "--output-format=json", *FIO_BUFFERS_NONZERO, *limit]
@@ -182,7 +218,7 @@ def _fio(task: Task, kind: str, block: str, depth: int, limit: list[str]) -> flo
     # The engine says "connected to NBD server" before the JSON begins.
     report = json.loads(output[output.index("{") :])
     job = report["jobs"][0]
-    direction = job["write" if kind == "randwrite" else "read"]
+    direction = job["read" if kind == "randread" else "write"]
     if job["error"] or not direction["total_ios"]:
         raise BenchError(f"fio {kind} {block} depth {depth}: no request was answered")
-    return float(direction["iops"])
+    return Done(float(direction["iops"]), direction["total_ios"])

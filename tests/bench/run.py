@@ -33,7 +33,18 @@ import report
 from compare import FIRST_SEED, Comparison, Settings, memory_at_rest, warm
 from loads import Task, check_tools, socket_copy_rate
 from processes import BenchError, run_command
-from rows import BACKUPS, CROWD, EXTRAS, HUGE_DISK, MEMORY, SOCKET_COPY, chosen, keys, matches
+from rows import (
+    BACKUPS,
+    CROWD,
+    EXTRAS,
+    HUGE_DISK,
+    MEMORY,
+    SOCKET_COPY,
+    Disk,
+    chosen,
+    keys,
+    matches,
+)
 from sides import (
     COMMAND_TIMEOUT_S,
     Fleece,
@@ -41,6 +52,7 @@ from sides import (
     Reference,
     Side,
     TlsFolders,
+    convert_to_qcow2,
     reference_label,
     reference_program,
 )
@@ -125,13 +137,14 @@ def _measure(options: argparse.Namespace, programs: dict[str, str], folder: Path
         _progress("socket-copy")
         result.socket_rate = socket_copy_rate(SOCKET_SECONDS)
     experiments = chosen(options.only)
-    if experiments or MEMORY in wanted:
+    on_raw = [each for each in experiments if each.disk is Disk.RAW]
+    if on_raw or MEMORY in wanted:
         _progress("making the files")
         writers, readers = _sides(options, programs, nbdkit, folder)
-        is_tls = any(experiment.is_tls for experiment in experiments)
+        is_tls = any(experiment.is_tls for experiment in on_raw)
         tls = _certificates(options, folder) if is_tls else None
         comparison = Comparison(settings, writers=writers, readers=readers, tls=tls)
-        for experiment in experiments:
+        for experiment in on_raw:
             result.measured += comparison.run(experiment, _progress)
         if MEMORY in wanted:
             _progress("memory at rest")
@@ -141,6 +154,13 @@ def _measure(options: argparse.Namespace, programs: dict[str, str], folder: Path
                     result.at_rest[side.label] = memory_at_rest(side)
                 except BenchError as error:
                     result.errors.append(f"memory: {side.label}: {error}")
+    for disk in (Disk.QCOW2, Disk.NEW):
+        on_qcow2 = [each for each in experiments if each.disk is disk]
+        if on_qcow2:
+            sides = _qcow2_sides(options, programs, folder, disk)
+            comparison = Comparison(settings, writers=sides, readers=[], tls=None)
+            for experiment in on_qcow2:
+                result.measured += comparison.run(experiment, _progress)
     if HUGE_DISK in wanted:
         _measure_huge(options, programs, folder, result)
     if CROWD in wanted:
@@ -251,12 +271,31 @@ def _sides(
     return sides[:count], sides[count:]
 
 
+def _qcow2_sides(
+    options: argparse.Namespace, programs: dict[str, str], folder: Path, disk: Disk
+) -> list[Side]:
+    """Return the sides that serve qcow2 images, ours first; the images are equal."""
+    sides: list[Side] = []
+    raw = folder / "content.raw"
+    if disk is Disk.QCOW2:
+        _fill([raw], options.size)
+    for number, label in enumerate([OURS, *programs]):
+        name = f"{disk.name.lower()}-{number}"
+        active = folder / f"{name}.qcow2"
+        if disk is Disk.QCOW2:
+            convert_to_qcow2(raw, active)
+        sides.append(_writer(label, active, folder / f"side-{name}", options, programs))
+    raw.unlink(missing_ok=True)
+    return sides
+
+
 def _writer(
     label: str, active: Path, own: Path, options: argparse.Namespace, programs: dict[str, str]
 ) -> Side:
     if label == OURS:
         return Fleece(label, active, own, command=options.ours_command, root=ROOT)
-    return Reference(label, active, own, program=programs[label])
+    size = options.size if active.suffix == ".qcow2" else 0
+    return Reference(label, active, own, program=programs[label], size=size)
 
 
 def _references(names: list[str] | None) -> dict[str, str]:

@@ -56,6 +56,9 @@ class Side(Protocol):
     def start(self) -> None:
         """Serve the live export; BenchError when the server does not come up."""
 
+    def serve_new(self, size: int) -> None:
+        """Serve a new and empty qcow2 image of `size` bytes; the server does not run."""
+
     def take_snapshot(self) -> None:
         """Make a snapshot of this instant; there is none yet."""
 
@@ -77,6 +80,9 @@ class Side(Protocol):
     def peak_memory(self) -> int:
         """Return the bytes of peak resident memory since the server was (re)started."""
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time that the server has used."""
+
 
 class _Base:
     """What the sides share: a folder for sockets and logs, and at most one server."""
@@ -84,6 +90,7 @@ class _Base:
     def __init__(self, label: str, active: Path, folder: Path) -> None:
         """Name the side; `folder` is its own and is created."""
         folder.mkdir()
+        self._is_qcow2 = active.suffix == ".qcow2"
         if len(os.fsencode(folder)) > SOCKET_FOLDER_LIMIT:
             raise BenchError(f"{folder}: too long a path for a Unix socket; choose another --dir")
         self.label = label
@@ -96,6 +103,10 @@ class _Base:
 
     def peak_memory(self) -> int:
         return self._server.peak_memory() if self._server is not None else 0
+
+    def cpu_seconds(self) -> float:
+        assert self._server is not None
+        return self._server.cpu_seconds()
 
     def _end(self) -> None:
         if self._server is not None:
@@ -156,8 +167,13 @@ class Fleece(_Base):
             argv += ["--tls-creds", str(self.tls.server)]
         argv += ["--max-connections", str(MAX_CONNECTIONS)]
         argv += ["--control", str(self._control), "--state-dir", str(self._state)]
-        argv.append(f"{DISK}={str(self.active).replace(',', ',,')}")
+        kind = ",format=qcow2" if self._is_qcow2 else ""
+        argv.append(f"{DISK}={_escape(self.active)}{kind}")
         self._launch(argv, [self._control, place], self._env)
+
+    def serve_new(self, size: int) -> None:
+        create_qcow2(self.active, size)
+        self.start()
 
     def take_snapshot(self) -> None:
         self._ask("snapshot", "create", DISK, "--name", SNAPSHOT)
@@ -174,11 +190,6 @@ class Fleece(_Base):
 
     def snapshot_uri(self) -> str:
         return self._uri(f"{DISK}@{SNAPSHOT}")
-
-    def cpu_seconds(self) -> float:
-        """Return the processor time that the server has used."""
-        assert self._server is not None
-        return self._server.cpu_seconds()
 
     def control_path(self) -> Path:
         """Return the control socket."""
@@ -199,19 +210,29 @@ class Fleece(_Base):
 class Reference(_Base):
     """A build of qemu-storage-daemon."""
 
-    def __init__(self, label: str, active: Path, folder: Path, *, program: str) -> None:
-        """Name the side; `program` is the daemon's path, the rest as in Fleece."""
+    def __init__(
+        self, label: str, active: Path, folder: Path, *, program: str, size: int = 0
+    ) -> None:
+        """Name the side; `program` is the daemon's path, `size` the disk's, the rest as in Fleece.
+
+        The size of a raw disk is that of its file.
+        """
         super().__init__(label, active, folder)
+        self._size = size
         self._program = program
         self._temp = folder / "temp.raw"
 
     def start(self) -> None:
         self._serve([], ["type=nbd,id=live,node-name=active,name=live,writable=on"])
 
+    def serve_new(self, size: int) -> None:
+        create_qcow2(self.active, size)
+        self.start()
+
     def take_snapshot(self) -> None:
         self._end()
         with self._temp.open("wb") as temp:
-            temp.truncate(self.active.stat().st_size)
+            temp.truncate(self._size or self.active.stat().st_size)
         nodes = [
             f"driver=file,node-name=temp,filename={_escape(self._temp)},discard=unmap",
             "driver=copy-before-write,node-name=cbw,file=active,target=temp",
@@ -242,6 +263,9 @@ class Reference(_Base):
 
     def _serve(self, nodes: list[str], exports: list[str]) -> None:
         active = f"driver=file,node-name=active,filename={_escape(self.active)},discard=unmap"
+        if self._is_qcow2:
+            active = "driver=qcow2,node-name=active,discard=unmap,file.driver=file"
+            active += f",file.discard=unmap,file.filename={_escape(self.active)}"
         argv = [self._program]
         for node in [active, *nodes]:
             argv += ["--blockdev", node]
@@ -273,6 +297,9 @@ class Nbdkit(_Base):
         argv += ["file", f"file={self.active}"]
         self._launch(argv, [place])
 
+    def serve_new(self, size: int) -> None:
+        raise BenchError("does not write")
+
     def take_snapshot(self) -> None:
         """Do nothing: the plain file stands for its own snapshot, as nobody writes to it."""
 
@@ -290,6 +317,19 @@ class Nbdkit(_Base):
 
     def temp_bytes(self) -> int:
         return 0
+
+
+def create_qcow2(path: Path, size: int) -> None:
+    """Have qemu-img make an empty image, as it does by default."""
+    path.unlink(missing_ok=True)
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size)]
+    run_command(argv, timeout_s=COMMAND_TIMEOUT_S)
+
+
+def convert_to_qcow2(raw: Path, path: Path) -> None:
+    """Have qemu-img make an image with the content of a raw file."""
+    argv = ["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", str(raw), str(path)]
+    run_command(argv, timeout_s=COMMAND_TIMEOUT_S)
 
 
 def reference_label(program: str) -> str:
