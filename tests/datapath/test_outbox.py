@@ -81,6 +81,15 @@ async def test_a_thread_sends_before_replies_that_only_wait_for_their_turn(ends:
     assert ends.receive(16 + 11) == REPLY + b"of the loop"
 
 
+async def test_the_first_reply_does_not_begin_with_a_page(ends: Ends) -> None:
+    for _ in range(2):
+        assert ends.out.is_empty()
+        assert ends.out.filled >= 32
+        ends.out.put(REPLY)
+        ends.out.flush()
+        assert ends.receive(16) == REPLY
+
+
 async def test_a_thread_sends_nothing_into_a_reply_that_is_half_sent(ends: Ends) -> None:
     expected = ends.fill()
     received = ends.receive(100_000)  # there is room now, and the loop has not looked
