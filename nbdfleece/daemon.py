@@ -32,6 +32,7 @@ from nbdfleece.control.command import Context, addresses, uris
 from nbdfleece.control.events import Events
 from nbdfleece.control.objects import Objects
 from nbdfleece.control.socket import Control
+from nbdfleece.datapath.memory import keep_freed_memory
 from nbdfleece.datapath.poller import new_event_loop
 from nbdfleece.datapath.pump import PumpLimits
 from nbdfleece.fleece.backup import Backups
@@ -177,6 +178,7 @@ def serve(settings: Settings) -> int:
     _raise_descriptor_limit()
     plan = _plan(settings)
     daemon = Daemon(settings)
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         code = runner.run(daemon.run(plan))
     if daemon.failure is not None:

@@ -32,6 +32,7 @@ from nbdfleece.control.commands import COMMANDS
 from nbdfleece.control.events import Events
 from nbdfleece.control.objects import Objects
 from nbdfleece.control.socket import Control
+from nbdfleece.datapath.memory import keep_freed_memory
 from nbdfleece.datapath.poller import new_event_loop
 from nbdfleece.fleece.backup import Backups
 from nbdfleece.fleece.fleece import Fleece
@@ -92,6 +93,7 @@ def serve(settings: Settings) -> int:
             _leave_terminal(ready_fd)
 
     daemon = StorageDaemon(settings, ready)
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         code = runner.run(daemon.run())
     if daemon.failure is not None:
