@@ -36,7 +36,10 @@ class RangeList:
     def overlaps(self, offset: int, length: int) -> bool:
         """Tell whether any listed range shares a byte with this one."""
         end = offset + length
-        return any(first < end and offset < last for first, last in self._ranges.values())
+        for first, last in self._ranges.values():  # noqa: SIM110 - faster; each first write asks
+            if first < end and offset < last:
+                return True
+        return False
 
     async def wait_clear(self, offset: int, length: int) -> None:
         """Return when no listed range overlaps. Cancel: safe."""

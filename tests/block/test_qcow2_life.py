@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdfleece.base.errors import CommandError
+from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.extent import HOLE, ZERO
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.drivers.qcow2.driver import Qcow2Driver, Qcow2Options
@@ -299,5 +300,86 @@ async def test_options_change_while_requests_run(
         assert await read_all(node) == model
         if node.read_only:
             await reopen(graph, [options])
+    await graph.remove(node)
+    check_qcow2(path)
+
+
+async def write_replying(node: Node, offset: int, data: bytes) -> list[str]:
+    """Write, and return whether that was answered early."""
+    replied: list[str] = []
+    await node.write_replying(offset, memoryview(data), lambda: replied.append("early"))
+    return replied
+
+
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+async def test_a_write_is_answered_early_only_where_no_table_changes(
+    graph: Graph, tmp_path: Path, image: NewImage
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", image)
+    node = await qcow2_node(graph, path)
+    cluster = node.driver.cluster_size()
+    assert not await write_replying(node, 2 * cluster, b"a" * cluster)
+    assert await write_replying(node, 2 * cluster + 7, b"b" * 100)
+    assert not await write_replying(node, 3 * cluster - 7, b"c" * 100)  # half of it is new
+    await node.write_zeroes(2 * cluster, cluster, fua=False, may_unmap=False, no_fallback=False)
+    early = await write_replying(node, 2 * cluster, b"d" * 100)
+    assert bool(early) == (image.version == 2)  # where zeroes are data
+    content = b"d" * 100 + bytes(cluster - 100) + b"c" * 93
+    assert await read(node, 2 * cluster, cluster + 93) == content
+    await graph.remove(node)
+    check_qcow2(path)
+
+
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+async def test_a_first_write_that_fails_leaves_nothing_behind(
+    graph: Graph, tmp_path: Path, image: NewImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", image)
+    node = await qcow2_node(graph, path)
+    cluster = node.driver.cluster_size()
+    await node.write(0, memoryview(b"a"), fua=False)  # now there are tables
+    assert node.file is not None
+    file = node.file.node
+
+    async def torn(offset: int, data: memoryview, *, fua: bool) -> None:
+        await whole(offset, data[: len(data) // 2], fua=fua)
+        raise IoError(errno.ENOSPC, "full")
+
+    whole = file.driver.write
+    with monkeypatch.context() as patch:
+        patch.setattr(file.driver, "write", torn)
+        for offset in (2 * cluster + 10, 3 * cluster):
+            with pytest.raises(IoError):
+                await node.write(offset, memoryview(b"x" * 200), fua=False)
+    assert await read(node, 2 * cluster, 2 * cluster) == bytes(2 * cluster)
+    # Others get the clusters; of what was torn they must not show anything.
+    for number in range(5, 10):
+        await node.write(number * cluster + 100, memoryview(b"b"), fua=False)
+    for number in range(5, 10):
+        content = bytes(100) + b"b" + bytes(cluster - 101)
+        assert await read(node, number * cluster, cluster) == content
+    await graph.remove(node)
+    check_qcow2(path)
+
+
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+async def test_first_writes_to_one_cluster_at_a_time_all_arrive(
+    graph: Graph, tmp_path: Path, rng: random.Random, image: NewImage
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", image)
+    node = await qcow2_node(graph, path)
+    expected = bytearray(SIZE)
+    running = []
+    for place in rng.sample(range(SIZE // 256), 1000):
+        data = bytes((rng.randrange(1, 256),)) * 256
+        expected[place * 256 : place * 256 + 256] = data
+        running.append(background(node.write(place * 256, memoryview(data), fua=False)))
+        if len(running) == 50:
+            for each in running:
+                await each
+            running.clear()
+    for each in running:
+        await each
+    assert await read_all(node) == expected
     await graph.remove(node)
     check_qcow2(path)

@@ -152,6 +152,27 @@ class RefcountCache:
             self._hint = cluster + count
             return cluster, count, self._image.note_used(cluster, count)
 
+    def allocate_fresh(self, count: int) -> int:
+        """Take clusters in a row that read as zeroes, if memory tells of them; return the first.
+
+        -1: ask `allocate`.
+
+        Raises:
+            IoError: The refcounts are damaged.
+        """
+        cluster, image = self._hint, self._image
+        if cluster << self._bits < image.fresh:
+            return -1
+        block = self.blocks.get(cluster >> self._block_bits)
+        at = cluster & ((1 << self._block_bits) - 1)
+        if block is None or at + count > len(block.counts) or any(block.counts[at : at + count]):
+            return -1
+        self._check_free(cluster, count)
+        self._set_ones(block, at, count)
+        self._hint = cluster + count
+        image.note_used(cluster, count)
+        return cluster
+
     async def allocate_whole(self, count: int) -> int:
         """Take so many clusters in a row, and return the first. Only while the node is drained."""
         found = await self._find_room(count)
@@ -337,11 +358,11 @@ class RefcountCache:
 
     def _mark(self, block: Block, first: int, count: int) -> None:
         shift = self._order
-        block.dirty.update(
-            range(
-                (first << shift >> 3) // PIECE, (((first + count - 1) << shift) >> 3) // PIECE + 1
-            )
-        )
+        piece = (first << shift >> 3) // PIECE
+        last = ((first + count - 1) << shift >> 3) // PIECE
+        block.dirty.add(piece)
+        if last > piece:
+            block.dirty.update(range(piece + 1, last + 1))
         block.used = True
         self._dirty[block.number] = block
 

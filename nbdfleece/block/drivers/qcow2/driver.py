@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from nbdfleece.block.node import Node
+    from nbdfleece.datapath.route import EarlyReply
     from nbdfleece.formats.qcow2.tables import Run
 
     Look: TypeAlias = Callable[[int, int], Awaitable[list[Extent]]]
@@ -552,6 +553,20 @@ class Qcow2Driver(Driver):
             epoch.count -= 1
         if fua and not (is_clean and image.commit.is_clean()):
             await image.commit.run()
+
+    async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
+        """See Driver.write_replying: a write in place changes no table."""
+        image = self.image
+        host, length = self._written().direct(offset, len(data)) if image.is_changing else (0, 0)
+        if length < len(data):
+            await self.write(offset, data, fua=False)
+            return
+        epoch = image.frees.epoch
+        epoch.count += 1
+        try:
+            await self._written().write_in_place(host, data, reply)
+        finally:
+            epoch.count -= 1
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool

@@ -63,7 +63,10 @@ class L2Table:
 
     def mark(self, first: int, count: int) -> None:
         """Note that numbers have changed."""
-        self.dirty.update(range(first // PIECE, (first + count - 1) // PIECE + 1))
+        piece, last = first // PIECE, (first + count - 1) // PIECE
+        self.dirty.add(piece)
+        if last > piece:
+            self.dirty.update(range(piece + 1, last + 1))
         self._dirty_tables[self._index] = self
 
     def mark_all(self) -> None:

@@ -9,7 +9,8 @@ order::
     4  change the L2 entries; let go of what they told of before
 
 Whole clusters are not read before. Where the file reads as zeroes anyway (image.py, I2), and
-so did the disk, nothing is written around the data.
+so did the disk, nothing is written around the data. The first write to empty clusters
+(`_take_first`) needs no waiting before step 3 where their tables are in memory.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from nbdfleece.block.drivers.qcow2.image import Image
     from nbdfleece.block.drivers.qcow2.tables import L2Table
+    from nbdfleece.datapath.route import EarlyReply
 
     Read = Callable[[int, memoryview], Awaitable[None]]
     IsZero = Callable[[int, int], bool]
@@ -90,10 +92,12 @@ class Writer:
         if table is None or not image.tables.l1[index] & t.COPIED:
             return 0, 0
         table.used = True
+        entry = table.entries[((offset >> self._bits) & self._geometry.index_mask) * self._words]
+        if not entry:
+            return 0, 0
         host = t.plain_host(table.entries, self._geometry, offset, length)
         if host >= 0 and host >> self._bits not in image.metadata:
-            index = (offset >> self._bits) & self._geometry.index_mask
-            return (host, length) if table.entries[index] & t.COPIED else (0, 0)
+            return (host, length) if entry & t.COPIED else (0, 0)
         try:
             run = t.find_run(table.entries, self._geometry, offset, length)
         except ImageError as error:
@@ -112,6 +116,10 @@ class Writer:
         if length == len(data):  # the usual case
             await self.write_data(host, data, fua=fua)
             return
+        first = self._take_first(offset, len(data)) if not length else -1
+        if first >= 0:
+            await self._write_first(first, offset, data)
+            return
         running: list[asyncio.Future[None]] = []
         try:
             while data:
@@ -128,11 +136,71 @@ class Writer:
 
     async def write_data(self, host: int, data: memoryview, *, fua: bool) -> None:
         """Write data of the disk to where it belongs."""
-        image = self._image
-        node, end = image.data, host + len(data)
+        node, end = self._image.data, host + len(data)
         if end > node.size:
-            await (image.reach_data(end) if self._geometry.has_data_file else image.reach(end))
+            await self._reach(end)
         await node.write(host, data, fua=fua)
+
+    async def write_in_place(self, host: int, data: memoryview, reply: EarlyReply | None) -> None:
+        """As `write_data` where `direct` says; see Driver.write_replying."""
+        node, end = self._image.data, host + len(data)
+        if end > node.size:
+            await self._reach(end)
+        await node.write_replying(host, data, reply)
+
+    async def _reach(self, end: int) -> None:
+        image = self._image
+        await (image.reach_data(end) if self._geometry.has_data_file else image.reach(end))
+
+    def _take_first(self, offset: int, length: int) -> int:
+        """Take host clusters for a write to empty clusters; return the first, -1: ask `_write_new`.
+
+        What is around the data has to read as zeroes, before and behind it.
+        """
+        image, geometry = self._image, self._geometry
+        index, inside = offset >> geometry.span_bits, offset & geometry.inside_mask
+        table = image.tables.loaded.get(index)
+        if (
+            table is None
+            or not image.tables.l1[index] & t.COPIED
+            or self._words == 2
+            or geometry.has_data_file
+            or (offset + length - 1) >> geometry.span_bits != index
+        ):
+            return -1
+        first, at = offset - inside, offset >> self._bits & geometry.index_mask
+        count = ((inside + length - 1) >> self._bits) + 1
+        if (
+            any(table.entries[at : at + count])
+            or not self._reads_zero(first, count << self._bits)
+            or image.writing.overlaps(first, count << self._bits)
+        ):
+            return -1
+        return image.counts.allocate_fresh(count)
+
+    async def _write_first(self, host: int, offset: int, data: memoryview) -> None:
+        """Write to the host clusters from `host` on, which `_take_first` took; let entries tell."""
+        image, bits = self._image, self._bits
+        inside = offset & self._geometry.inside_mask
+        count = ((inside + len(data) - 1) >> bits) + 1
+        key = image.writing.add(offset - inside, count << bits)
+        try:
+            await self.write_data((host << bits) + inside, data, fua=False)
+            # Behind an await; the entries are ours, the table may be in another place.
+            index = offset >> self._geometry.span_bits
+            table = image.tables.loaded.get(index)
+            if table is None or not image.tables.l1[index] & t.COPIED:
+                table = await image.tables.writable(index)
+        except BaseException:
+            image.counts.give_back(host, count)
+            raise
+        else:
+            at, entry = offset >> bits & self._geometry.index_mask, host << bits | t.COPIED
+            told = range(entry, entry + (count << bits), self._size)
+            table.entries[at : at + count] = array("Q", told)
+            table.mark(at, count)
+        finally:
+            image.writing.remove(key)
 
     async def _write_new(self, offset: int, data: memoryview) -> int:
         """Write a start of `data` where an entry has to change; return its length.
