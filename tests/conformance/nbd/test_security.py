@@ -36,10 +36,12 @@ async def still_serves(served: Served) -> bool:
 
 def test_cve_2015_0847_signals_are_handled_between_two_turns_of_the_loop() -> None:
     """Nbd-server: handlers called what is not re-entrant. Here no handler runs between any two
-    lines: nothing but the loop's own mechanism is used."""
+    lines: nothing but the loop's own mechanism is used. Commands and the guard of hooks are
+    processes of their own, which serve nobody."""
+    apart = {PACKAGE / "backup/guard.py", *(PACKAGE / "cli").rglob("*.py")}
     found = [
         f"{path.relative_to(PACKAGE)}:{node.lineno}"
-        for path in PACKAGE.rglob("*.py")
+        for path in set(PACKAGE.rglob("*.py")) - apart
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
