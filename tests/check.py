@@ -15,11 +15,13 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +62,14 @@ CLIENTS = {
     "zstd": "zstd",
 }
 KERNEL = ROOT / ".kernel"
+
+
+# Folders whose files take so long that each is a group of its own, the slowest folder first.
+ONE_BY_ONE = ("containers", "interop", "fuzz", "model", "fault", "backup", "cli")
+MOST_AT_ONCE = 4  # groups of tests; more would be a load of its own, and tests have deadlines
+NO_TESTS = 5  # pytest's exit code
+
+Result = tuple[str, int, float]  # name of a step, exit code, seconds
 
 
 class CheckError(Exception):
@@ -171,7 +181,7 @@ def say_missing(missing: list[str], *, required: bool) -> None:
     print(f"   tests that need them {fate}; to have them: {apt_line(missing)}", flush=True)
 
 
-def run_step(name: str, command: list[str], environment: dict[str, str]) -> tuple[str, int, float]:
+def run_step(name: str, command: list[str], environment: dict[str, str]) -> Result:
     """Run one check, its output going straight through; return its name, exit code and seconds."""
     print(f"\n== {name}: {shlex.join(command[2:])}", flush=True)
     began = time.monotonic()
@@ -179,6 +189,58 @@ def run_step(name: str, command: list[str], environment: dict[str, str]) -> tupl
         command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, check=False
     ).returncode
     return name, code, time.monotonic() - began
+
+
+def groups_of_tests() -> list[list[str]]:
+    """Return what one pytest runs at a time: what takes long first, file by file."""
+    tests = ROOT / "tests"
+    alone = [path for folder in ONE_BY_ONE for path in sorted((tests / folder).rglob("test_*.py"))]
+    folders = [
+        folder
+        for folder in sorted(tests.iterdir())
+        if folder.name not in ONE_BY_ONE and any(folder.rglob("test_*.py"))
+    ]
+    top = sorted(tests.glob("test_*.py"))
+    groups = [[path] for path in [*alone, *folders]] + [top]
+    return [[str(path.relative_to(ROOT)) for path in group] for group in groups]
+
+
+def run_tests_at_once(name: str, command: list[str], environment: dict[str, str]) -> Result:
+    """Run all tests, group by group, one group on each processor; the output of each in one piece.
+
+    Tests share nothing but the machine: each has folders, sockets and ports of its own.
+    """
+    workers = min(os.cpu_count() or 1, MOST_AT_ONCE)
+    print(f"\n== {name}: {shlex.join(command[2:])}, {workers} groups at a time", flush=True)
+    began = time.monotonic()
+    codes: set[int] = set()
+    counts: dict[str, int] = {}
+
+    def run(group: list[str]) -> tuple[int, str]:
+        done = subprocess.run(
+            [*command, *group],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    with ThreadPoolExecutor(workers) as pool:
+        for waiting in as_completed([pool.submit(run, group) for group in groups_of_tests()]):
+            code, output = waiting.result()
+            print(output, flush=True)
+            if code != NO_TESTS:  # all of a group may be left out by what was selected
+                codes.add(code)
+            closing = output.strip().rpartition("\n")[2]
+            for count, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", closing):
+                counts[what] = counts.get(what, 0) + int(count)
+    print(f"== {name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    return name, max(codes, default=NO_TESTS), time.monotonic() - began
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -218,9 +280,11 @@ def check() -> int:
             ("format", ["ruff", "format", "--check"]),
             ("lint", ["ruff", "check"]),
             ("types", ["mypy"]),
-            ("tests", ["pytest", "-m", selection, *pytest_arguments]),
         )
     ]
+    pytest = [*python, "pytest", "-m", selection, *pytest_arguments]
+    run_tests = run_step if pytest_arguments else run_tests_at_once
+    results.append(run_tests("tests", pytest, environment))
 
     print("\n== summary")
     for name, code, seconds in results:
