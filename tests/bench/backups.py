@@ -33,7 +33,6 @@ DEPTHS: Final = (1, 16)
 CHANGED: Final = 0.01  # of the disk, before an incremental backup
 
 _BITMAP: Final = "bench"
-_POLL_S: Final = 0.01
 _TIMEOUT_S: Final = 600.0
 
 
@@ -123,17 +122,16 @@ def measure(
 
 def _backup(ours: Fleece, place: Path) -> tuple[float, int]:
     """Back the disk up; return seconds, from the request to the synced file, and bytes of data."""
-    start = time.perf_counter()
-    run = _ask(ours, "fleece-backup", {"disks": [DISK], "dir": str(place)})
-    while True:
-        runs = _ask(ours, "query-fleece-backups", {})
-        found = next(one for one in runs if one["job-id"] == run["job-id"])
-        if found["state"] != "running":
-            break
-        time.sleep(_POLL_S)
+    with _Control(ours) as control:
+        start = time.perf_counter()
+        run = control.ask("fleece-backup", {"disks": [DISK], "dir": str(place)})
+        control.wait_concluded(run["job-id"])
+        seconds = time.perf_counter() - start
+        runs = control.ask("query-fleece-backups", {})
+    found = next(one for one in runs if one["job-id"] == run["job-id"])
     if found["state"] != "done":
         raise BenchError(f"backup: {found}")
-    return time.perf_counter() - start, found["disks"][0]["data-bytes"]
+    return seconds, found["disks"][0]["data-bytes"]
 
 
 def _bitmaps(ours: Fleece) -> list[str]:
@@ -153,21 +151,44 @@ def _convert(uri: str, target: Path) -> float:
 
 def _ask(ours: Fleece, command: str, arguments: dict):
     """Run a command of the control socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(_TIMEOUT_S)
-        sock.connect(str(ours.control_path()))
-        with sock.makefile("rwb") as file:
-            file.readline()
-            answer = {}
-            for request in (
-                {"execute": "qmp_capabilities"},
-                {"execute": command, "arguments": arguments},
-            ):
-                file.write(json.dumps(request).encode() + b"\n")
-                file.flush()
-                answer = json.loads(file.readline())
-                while "event" in answer:
-                    answer = json.loads(file.readline())
-    if "return" not in answer:
-        raise BenchError(f"{command}: {answer}")
-    return answer["return"]
+    with _Control(ours) as control:
+        return control.ask(command, arguments)
+
+
+class _Control:
+    """A connection to the control socket."""
+
+    def __init__(self, ours: Fleece) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(_TIMEOUT_S)
+        self._sock.connect(str(ours.control_path()))
+        self._file = self._sock.makefile("rwb")
+        self._events: list[dict] = []
+        self._file.readline()
+        self.ask("qmp_capabilities", {})
+
+    def __enter__(self) -> _Control:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._sock.close()
+
+    def ask(self, command: str, arguments: dict):
+        """Run a command; events that come meanwhile are kept."""
+        request = {"execute": command, "arguments": arguments}
+        self._file.write(json.dumps(request).encode() + b"\n")
+        self._file.flush()
+        while "event" in (answer := json.loads(self._file.readline())):
+            self._events.append(answer)
+        if "return" not in answer:
+            raise BenchError(f"{command}: {answer}")
+        return answer["return"]
+
+    def wait_concluded(self, job: str) -> None:
+        """Return when a job is over: asking again and again would slow it down."""
+        wanted = {"id": job, "status": "concluded"}
+        while True:
+            event = self._events.pop(0) if self._events else json.loads(self._file.readline())
+            if event["event"] == "JOB_STATUS_CHANGE" and event["data"] == wanted:
+                return
