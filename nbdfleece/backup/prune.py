@@ -131,7 +131,7 @@ def _prepared(piece: Piece, *, compress: bool) -> Iterator[Prepared]:
     if piece.data is None:
         yield zeroes(piece.offset, piece.length)
     else:
-        yield from prepare(piece.offset, bytearray(piece.data), piece.length, compress=compress)
+        yield from prepare(piece.offset, bytearray(piece.data), 0, piece.length, compress=compress)
 
 
 def check_hashes(folder: DiskFolder, points: tuple[Point, ...], hashes: list[str]) -> None:

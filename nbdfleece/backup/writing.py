@@ -49,26 +49,31 @@ def zeroes(offset: int, length: int) -> Prepared:
     return Prepared(offset, length, None)
 
 
-def prepare(offset: int, buffer: bytearray, length: int, *, compress: bool) -> list[Prepared]:
+def prepare(
+    offset: int, buffer: bytearray, start: int, length: int, *, compress: bool
+) -> list[Prepared]:
     """Find zeroes in a run of data, hash the rest, and compress it if that is wanted.
 
     Args:
         offset: Where the run is in the disk.
-        buffer: Begins with it; unchanged until the result was written.
+        buffer: Holds it; unchanged until the result was written.
+        start: Where it begins there.
         length: Of the run.
         compress: Whether to.
     """
     view = memoryview(buffer)
     found: list[Prepared] = []
-    for start, end, is_zero in _by_zero(buffer, length):
+    for at, end, is_zero in _by_zero(buffer, start, length):
         if is_zero:
-            found.append(zeroes(offset + start, end - start))
+            found.append(zeroes(offset + at, end - at))
             continue
-        data = view[start:end]
+        data = view[start + at : start + end]
         packed: tuple[bytes | None, ...] = ()
         if compress:
-            packed = tuple(_pack(data[at : at + BACKUP_CLUSTER]) for at in _clusters(len(data)))
-        found.append(Prepared(offset + start, len(data), data, digest_of(data), packed))
+            packed = tuple(
+                _pack(data[each : each + BACKUP_CLUSTER]) for each in _clusters(len(data))
+            )
+        found.append(Prepared(offset + at, len(data), data, digest_of(data), packed))
     return found
 
 
@@ -148,12 +153,12 @@ def _clusters(length: int) -> range:
     return range(0, length, BACKUP_CLUSTER)
 
 
-def _by_zero(buffer: bytearray, length: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield (start, end, reads as zeroes) of the runs of clusters."""
+def _by_zero(buffer: bytearray, base: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start, end, reads as zeroes), from `base` on, of the runs of clusters."""
     start, was_zero = 0, None
     for at in _clusters(length):
         end = min(at + BACKUP_CLUSTER, length)
-        is_zero = buffer.startswith(_ZEROES[: end - at], at)
+        is_zero = buffer.startswith(_ZEROES[: end - at], base + at)
         if was_zero is not None and is_zero is not was_zero:
             yield start, at, was_zero
             start = at

@@ -120,7 +120,8 @@ JOB_CANCEL_GRACE_S: Final = 2.0  # for pieces of a cancelled job; then the targe
 # --- backups in folders ------------------------------------------------------------------------
 MAX_BACKUP_POINTS: Final = 16384  # of one disk in one folder: a point an hour for almost two years
 MAX_BACKUP_MANIFEST: Final = 32 * MiB  # bytes of a manifest.json: so many points, and more
-BACKUP_READS: Final = 8  # pieces of a disk that are read, hashed and packed at a time
+BACKUP_BATCH: Final = 2 * MiB  # of a disk that is read, hashed and packed together
+BACKUP_READS: Final = 8  # batches on their way into one backup
 BACKUP_WRITES: Final = 8  # pieces on their way to where a point is restored
 MAX_BACKUP_RUNS: Final = 64  # backups of this daemon that are remembered after their end
 BACKUP_THREADS: Final = 3  # that hash, pack and write for one backup

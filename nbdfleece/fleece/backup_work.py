@@ -21,7 +21,7 @@ from nbdfleece.backup.names import Kind
 from nbdfleece.backup.writing import NewImage
 from nbdfleece.base.errors import CommandError, IoError, NbdfleeceError
 from nbdfleece.block import permissions
-from nbdfleece.fleece.copying import Copy, Stopped, allocated, changed
+from nbdfleece.fleece.copying import Copy, Stopped, allocated, changed, to_end
 from nbdfleece.fleece.sinks import FileSink, StreamSink
 
 if TYPE_CHECKING:
@@ -297,10 +297,11 @@ async def in_thread(
 ) -> T:
     """Return what a function that blocks gives, called in a thread.
 
-    Cancel: the call goes on, and its result is lost.
+    Cancel: see copying.to_end.
     """
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(executor, functools.partial(function, *args, **kwargs))
+    call = functools.partial(function, *args, **kwargs)
+    return await to_end(loop.run_in_executor(executor, call))
 
 
 def _backing(part: Part) -> str | None:

@@ -2,28 +2,28 @@
 
 ::
 
-    runs -> read (several at a time) -> prepare (in threads) -> put (in a thread, in order)
+    runs -> batches -> read (several at a time) -> prepare (in threads) -> put (in order)
 
 Nothing here blocks the loop: reading is the node's, the rest runs in threads of the backup's own,
 so that a folder which hangs holds up nobody else.
 
 Invariants
   C1  `put` gets every run once, in ascending order, and is never called twice at a time.
-  C2  A piece of the job (jobs.job) is in flight while the node is read or discarded, and no longer:
+  C2  When `Copy.run` has returned, nobody uses the sink any more.
+  C3  A piece of the job (jobs.job) is in flight while the node is read or discarded, and no longer:
       a drained section waits for no slow folder.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from nbdfleece.backup.content import CHUNK, image_size, split
 from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import ZERO, clip
-from nbdfleece.base.limits import BACKUP_CLUSTER, BACKUP_READS, JOB_STATUS_PIECE
-from nbdfleece.base.units import align_down, align_up
+from nbdfleece.base.limits import BACKUP_BATCH, BACKUP_CLUSTER, BACKUP_READS, JOB_STATUS_PIECE
+from nbdfleece.base.units import KiB, align_down, align_up
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from nbdfleece.jobs.job import Job
 
 T = TypeVar("T")
+
+_PIECE: Final = 256 * KiB  # read at a time: from the page cache that is done in the loop
+_BATCH_RUNS: Final = 64
 
 
 class Run(NamedTuple):
@@ -46,8 +49,11 @@ class Run(NamedTuple):
 class Sink(Protocol[T]):
     """Where the data goes. Both may block, and raise OSError or BackupError."""
 
-    def prepare(self, offset: int, buffer: bytearray, length: int) -> list[T]:
-        """Make of a run of data what `put` takes; several threads at a time."""
+    def prepare(self, offset: int, buffer: bytearray, start: int, length: int) -> list[T]:
+        """Make of a run of data what `put` takes; several threads at a time.
+
+        The run is in the buffer from `start` on, and is not changed before it has been put.
+        """
 
     def zeroes(self, offset: int, length: int) -> list[T]:
         """The same for a run that reads as zeroes."""
@@ -58,6 +64,24 @@ class Sink(Protocol[T]):
 
 class Stopped(Exception):
     """The job is to stop."""
+
+
+async def to_end(future: asyncio.Future[T]) -> T:
+    """Return the result of a call in a thread that uses what the caller closes behind it.
+
+    Cancel: it waits all the same; a descriptor that is closed below a thread may be another file's
+    a moment later.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        future.exception()  # nobody else asks
+        raise cancelled
+    return future.result()
 
 
 # --- what is to be read --------------------------------------------------------------------------
@@ -157,6 +181,14 @@ async def _data_in(job: Job, node: Node, offset: int, length: int) -> list[tuple
 # --- reading -------------------------------------------------------------------------------------
 
 
+class _Batch(NamedTuple, Generic[T]):
+    """Runs that are read by one task, one behind the other into one buffer, and put together."""
+
+    runs: list[Run]
+    buffer: bytearray
+    ready: asyncio.Task[list[T]]
+
+
 class Copy(Generic[T]):
     """One point in time on its way to a sink.
 
@@ -187,69 +219,80 @@ class Copy(Generic[T]):
         self._discard = discard
         self._moved = moved
         self._buffers: list[bytearray] = []
-        self._ahead: deque[tuple[Run, asyncio.Future[list[T]], bytearray | None]] = deque()
+        self._room = asyncio.Semaphore(BACKUP_READS)
 
     async def run(self, runs: AsyncIterator[Run]) -> None:
-        """Read and put all runs.
+        """Read and put all runs. The sink is at rest when this returns, however it does.
 
         Raises:
             IoError: Reading failed.
             OSError, BackupError: The sink failed.
             Stopped: The job is to stop.
         """
+        ahead: asyncio.Queue[_Batch[T] | None] = asyncio.Queue()
         try:
             async with asyncio.TaskGroup() as tasks:
-                async for run in runs:
-                    await self._begin(tasks, run)
-                    if len(self._ahead) >= BACKUP_READS:
-                        await self._put_first()
-                while self._ahead:
-                    await self._put_first()
+                tasks.create_task(self._put_all(ahead), name=f"job {self._job.id}: writing")
+                async for batch in _batches(runs):
+                    await self._room.acquire()
+                    buffer = self._buffers.pop() if self._buffers else bytearray(BACKUP_BATCH)
+                    task = tasks.create_task(
+                        self._read(batch, buffer), name=f"job {self._job.id}: reading"
+                    )
+                    ahead.put_nowait(_Batch(batch, buffer, task))
+                ahead.put_nowait(None)
         except BaseExceptionGroup as group:
             raise _first(group) from group
 
-    async def _begin(self, tasks: asyncio.TaskGroup, run: Run) -> None:
+    async def _read(self, runs: list[Run], buffer: bytearray) -> list[T]:
+        """Read the runs of a batch, and prepare them."""
+        view = memoryview(buffer)
+        at = 0
+        for run in runs:
+            if not run.is_zero:
+                await self._read_run(run, view[at : at + run.length])
+                at += run.length
         loop = asyncio.get_running_loop()
-        if run.is_zero:
-            ready: asyncio.Future[list[T]] = loop.create_future()
-            ready.set_result(self._sink.zeroes(run.offset, run.length))
-            self._ahead.append((run, ready, None))
-            return
+        return await loop.run_in_executor(self._executor, self._prepare, runs, buffer)
+
+    async def _read_run(self, run: Run, view: memoryview) -> None:
+        """Read a run: a piece of the job."""
         if not await self._job.begin(run.length):
             raise Stopped
-        buffer = self._buffers.pop() if self._buffers else bytearray(CHUNK)
-        task = tasks.create_task(self._read(run, buffer), name=f"job {self._job.id}: reading")
-        self._ahead.append((run, task, buffer))
-
-    async def _read(self, run: Run, buffer: bytearray) -> list[T]:
-        """Read a run of a piece that has begun, and prepare it."""
         try:
             length = min(run.length, self._node.size - run.offset)
-            await self._node.read(run.offset, memoryview(buffer)[:length])
+            for start in range(0, length, _PIECE):
+                stop = min(start + _PIECE, length)
+                await self._node.read(run.offset + start, view[start:stop])
+                await asyncio.sleep(0)  # guests have their turn
         finally:
             self._job.end()
-        buffer[length : run.length] = bytes(run.length - length)  # behind the disk's end
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._executor, self._sink.prepare, run.offset, buffer, run.length
-        )
+        view[length:] = bytes(run.length - length)  # behind the disk's end
 
-    async def _put_first(self) -> None:
-        """Put the first run, and those behind it that are ready."""
+    def _prepare(self, runs: list[Run], buffer: bytearray) -> list[T]:
+        """Prepare the runs of a batch; in a thread."""
         items: list[T] = []
-        taken: list[tuple[Run, bytearray | None]] = []
-        while self._ahead and (not taken or self._ahead[0][1].done()):
-            run, ready, buffer = self._ahead.popleft()
-            items += await ready
-            taken.append((run, buffer))
+        at = 0
+        for run in runs:
+            if run.is_zero:
+                items += self._sink.zeroes(run.offset, run.length)
+            else:
+                items += self._sink.prepare(run.offset, buffer, at, run.length)
+                at += run.length
+        return items
+
+    async def _put_all(self, ahead: asyncio.Queue[_Batch[T] | None]) -> None:
+        """Put batch after batch; others are read and prepared meanwhile."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._sink.put, items)
-        for run, buffer in taken:
-            if buffer is not None:
-                self._buffers.append(buffer)
-                if self._discard:
+        while batch := await ahead.get():
+            items = await batch.ready
+            await to_end(loop.run_in_executor(self._executor, self._sink.put, items))
+            self._buffers.append(batch.buffer)
+            for run in batch.runs:
+                if self._discard and not run.is_zero:
                     await self._give_up(run)
-            self._moved(run.offset + run.length, run.length)
+                self._moved(run.offset + run.length, run.length)
+            self._room.release()
 
     async def _give_up(self, run: Run) -> None:
         """Give up what has been put; it is for the space only."""
@@ -262,6 +305,21 @@ class Copy(Generic[T]):
             pass
         finally:
             self._job.end()
+
+
+async def _batches(runs: AsyncIterator[Run]) -> AsyncIterator[list[Run]]:
+    """Join runs whose data fits a buffer: small ones are not worth a thread's while."""
+    batch: list[Run] = []
+    room = BACKUP_BATCH
+    async for run in runs:
+        size = 0 if run.is_zero else run.length
+        if size > room or len(batch) == _BATCH_RUNS:
+            yield batch
+            batch, room = [], BACKUP_BATCH
+        batch.append(run)
+        room -= size
+    if batch:
+        yield batch
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

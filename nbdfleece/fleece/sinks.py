@@ -33,9 +33,9 @@ class FileSink:
         self._image = image
         self._compress = compress
 
-    def prepare(self, offset: int, buffer: bytearray, length: int) -> list[Prepared]:
+    def prepare(self, offset: int, buffer: bytearray, start: int, length: int) -> list[Prepared]:
         """See Sink.prepare."""
-        return writing.prepare(offset, buffer, length, compress=self._compress)
+        return writing.prepare(offset, buffer, start, length, compress=self._compress)
 
     def zeroes(self, offset: int, length: int) -> list[Prepared]:
         """See Sink.zeroes."""
@@ -74,9 +74,10 @@ class StreamSink:
             why = "nobody reads it" if error.errno == errno.ENXIO else error.strerror
             raise BackupError(f"stream '{path}': {why}") from error
 
-    def prepare(self, offset: int, buffer: bytearray, length: int) -> list[Piece]:
+    def prepare(self, offset: int, buffer: bytearray, start: int, length: int) -> list[Piece]:
         """See Sink.prepare."""
-        return [Piece(offset, memoryview(buffer)[: min(length, self._size - offset)])]
+        stop = start + min(length, self._size - offset)
+        return [Piece(offset, memoryview(buffer)[start:stop])]
 
     def zeroes(self, offset: int, length: int) -> list[Piece]:
         """See Sink.zeroes."""

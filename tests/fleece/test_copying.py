@@ -13,7 +13,7 @@ import pytest
 
 from nbdfleece.backup.content import CHUNK, image_size
 from nbdfleece.base.errors import IoError
-from nbdfleece.base.limits import BACKUP_CLUSTER, BACKUP_READS
+from nbdfleece.base.limits import BACKUP_BATCH, BACKUP_CLUSTER, BACKUP_READS
 from nbdfleece.base.notify import Notifier
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
@@ -48,8 +48,10 @@ class ModelSink:
         self.fault: OSError | None = None
         self._inside = threading.Lock()
 
-    def prepare(self, offset: int, buffer: bytearray, length: int) -> list[tuple[int, bytes]]:
-        return [(offset, bytes(buffer[:length]))]
+    def prepare(
+        self, offset: int, buffer: bytearray, start: int, length: int
+    ) -> list[tuple[int, bytes]]:
+        return [(offset, bytes(buffer[start : start + length]))]
 
     def zeroes(self, offset: int, length: int) -> list[tuple[int, bytes]]:
         return [(offset, bytes(length))]
@@ -187,18 +189,50 @@ async def test_a_cancelled_job_stops(bench: Bench) -> None:
         await bench.copy(allocated(bench.job, bench.node))
 
 
-async def test_so_many_pieces_are_read_at_a_time_and_no_more(bench: Bench) -> None:
-    bench.driver.data[:] = b"\1" * SIZE
+async def test_so_many_batches_are_read_at_a_time_and_no_more(bench: Bench) -> None:
+    size = (BACKUP_READS + 2) * BACKUP_BATCH
+    bench.driver.data[:] = b"\1" * size
     bench.driver.hold.add("read")
-    bench.node.size = len(bench.driver.data)
+    bench.node.size = size
+    bench.sink = ModelSink(size)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(bench.copy(allocated(bench.job, bench.node)))
         await turns(200)
-        assert bench.node.in_flight == min(BACKUP_READS, 6)
+        assert bench.node.in_flight == BACKUP_READS
         bench.driver.hold.clear()
         bench.driver.held.set()
 
-    assert bytes(bench.sink.data[:SIZE]) == b"\1" * SIZE
+    assert bytes(bench.sink.data) == b"\1" * size
+
+
+async def test_a_failed_read_waits_for_the_sink_that_is_writing(bench: Bench) -> None:
+    """C2: the file is closed behind it, and its descriptor may then be another file's."""
+    size = (BACKUP_READS + 2) * BACKUP_BATCH
+    bench.driver.data[:] = b"\1" * size
+    bench.node.size = size
+    bench.sink = ModelSink(size)
+    entered, go_on = threading.Event(), threading.Event()
+    put = bench.sink.put
+
+    def slow_put(items: list[tuple[int, bytes]]) -> None:
+        entered.set()
+        assert go_on.wait(30)
+        put(items)
+
+    bench.sink.put = slow_put  # type: ignore[method-assign]
+    copying = asyncio.create_task(bench.copy(allocated(bench.job, bench.node)))
+    await asyncio.to_thread(entered.wait, 30)
+    bench.driver.fail["read"] = errno.EIO
+    await asyncio.wait([copying], timeout=0)
+    copying.cancel()
+    await turns(200)
+    assert not copying.done()
+
+    go_on.set()
+    with pytest.raises((IoError, asyncio.CancelledError)):
+        await copying
+    assert bench.sink.runs, "what had begun was put to its end"
+    assert bench.job.is_idle()
 
 
 async def test_what_has_been_put_is_given_up_if_wanted(bench: Bench) -> None:

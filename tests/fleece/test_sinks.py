@@ -17,8 +17,8 @@ def fifo(tmp_path: Path) -> Path:
 def test_a_stream_is_the_whole_disk(fifo: Path) -> None:
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     sink = StreamSink(fifo, 3000)
-    sink.put(sink.prepare(1000, bytearray(b"a" * 500), 500))
-    sink.put([*sink.zeroes(1500, 1000), *sink.prepare(2500, bytearray(b"b" * 512), 512)])
+    sink.put(sink.prepare(1000, bytearray(b"a" * 500), 0, 500))
+    sink.put([*sink.zeroes(1500, 1000), *sink.prepare(2500, bytearray(b".." + b"b" * 512), 2, 512)])
     sink.finish()
     sink.close()
 

@@ -128,7 +128,7 @@ def add_point(
             piece = disk[start : start + CHUNK]
             for first, end in _different(piece, before and before[start : start + CHUNK]):
                 data = bytearray(piece[first:end])
-                new.put(prepare(start + first, data, len(data), compress=compress))
+                new.put(prepare(start + first, data, 0, len(data), compress=compress))
         sha256, size = new.finish()
         point = replace(point, sha256=sha256, file_bytes=size)
         folder.finish(Change(point), fd)
