@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from nbdfleece.block.bitmap import BitmapKeeper
     from nbdfleece.block.node import Node
 
 _log = logging.getLogger(__name__)
@@ -277,6 +278,19 @@ class DiskBitmaps:
             return []
         return [self._load(path, mtime_ns) for path in sorted(self._folder.iterdir())]
 
+    def replaced(self, bitmap: DirtyBitmap) -> DirtyBitmap:
+        """Return what stands for a bitmap that was loaded when the image has one of that name, too.
+
+        Each has missed what only the other has recorded, so neither can be trusted, now or later.
+        May block.
+        """
+        why = "there is one in the image, and one beside it"
+        store, bitmap.store = bitmap.store, None
+        if isinstance(store, BitmapFile):
+            store.abandon(why)
+            store.close()
+        return self._inconsistent(bitmap.name, bitmap.granularity, why)
+
     def finish(self, mtime_ns: int) -> None:
         """Leave all files clean, at the end of the disk's node; may block.
 
@@ -371,6 +385,31 @@ class DiskBitmaps:
         bitmap.persistent = bitmap.inconsistent = True
         bitmap.reason = why
         return bitmap
+
+
+class BothKeepers:
+    """The persistent bitmaps of a disk whose image keeps its own (block.bitmap.BitmapKeeper).
+
+    New ones go into the image. Files there are all the same: those of backups, which a crash must
+    not spoil, and those of a time when the disk was no such image.
+
+    Args:
+        image: Keeps those in the image.
+        files: Keeps the others.
+    """
+
+    def __init__(self, image: BitmapKeeper, files: DiskBitmaps) -> None:
+        self._image = image
+        self._files = files
+
+    async def keep(self, bitmap: DirtyBitmap) -> None:
+        """See BitmapKeeper.keep."""
+        await self._image.keep(bitmap)
+
+    async def forget(self, bitmap: DirtyBitmap) -> None:
+        """Delete it wherever it is: a file that is left would be taken for complete later."""
+        await self._files.forget(bitmap)
+        await self._image.forget(bitmap)
 
 
 def identity_of(facts: dict[str, str | int | float | bool | None], *, is_file: bool) -> bytes:

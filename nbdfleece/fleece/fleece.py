@@ -19,7 +19,7 @@ from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
 from nbdfleece.block.bitmap import find_bitmap
-from nbdfleece.block.bitmap_files import DiskBitmaps, identity_of
+from nbdfleece.block.bitmap_files import BothKeepers, DiskBitmaps, identity_of
 from nbdfleece.block.drain import in_time, quiet
 from nbdfleece.block.graph import above
 from nbdfleece.block.node import Node
@@ -313,7 +313,9 @@ class Fleece:
         facts = await asyncio.to_thread(identity, location, node.size, is_stopped=False)
         kept = DiskBitmaps(folder, node, identity_of(facts, is_file=is_file))
         loaded = await asyncio.to_thread(lambda: kept.load(last_change(location)))
-        for bitmap in loaded:
+        for found in loaded:
+            is_twice = found.name in node.bitmaps
+            bitmap = await asyncio.to_thread(kept.replaced, found) if is_twice else found
             node.bitmaps[bitmap.name] = bitmap
             own(bitmap)
             if bitmap.inconsistent:
@@ -323,8 +325,8 @@ class Fleece:
                     bitmap.name,
                     bitmap.reason,
                 )
-        if node.bitmap_keeper is None:
-            node.bitmap_keeper = kept
+        image = node.bitmap_keeper
+        node.bitmap_keeper = kept if image is None else BothKeepers(image, kept)
         return kept
 
     def _write_disk(self, location: Location, size: int, *, is_stopped: bool) -> None:

@@ -6,12 +6,13 @@ import asyncio
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.daemon_process import Daemon, make_disk
-from tests.support.live import ask, eventually, read_export, serving, snapshot
+from tests.support.live import ask, eventually, read_export, run, serving, snapshot
 from tests.support.nbd_client import NbdClient
 
 GRANULE = 4096
@@ -189,3 +190,45 @@ async def test_a_clean_end_and_a_crash_keep_the_bitmap_and_a_stranger_spoils_it(
     other.replace(disk)
     with serving(short_tmp, disk) as daemon:
         assert (await only(daemon))["reason"] == "the disk is not the one that it was made for"
+
+
+@pytest.mark.interop("qemu-img")
+async def test_a_bitmap_in_the_image_and_one_beside_it_under_one_name_are_both_distrusted(
+    short_tmp: Path, program: Callable[[str], str]
+) -> None:
+    """Each has missed what the other has recorded."""
+    disk = short_tmp / "vda.qcow2"
+    tool = program("qemu-img")
+    run(tool, "create", "-f", "qcow2", "-o", "compat=0.10", disk, str(SIZE))
+    with serving(short_tmp, f"{disk},format=qcow2") as daemon:
+        for name in ("b", "beside"):
+            assert daemon.run("bitmap", "add", "vda", name).code == 0
+        assert daemon.stop() == 0
+    with serving(short_tmp, f"{disk},format=qcow2") as daemon:
+        rows = await ask(daemon, "query-fleece-bitmaps")
+        assert [row["bitmap"] for row in rows if "inconsistent" not in row] == ["b", "beside"]
+        assert daemon.stop() == 0
+    run(tool, "amend", "-f", "qcow2", "-o", "compat=1.1", disk)
+    run(tool, "bitmap", "--add", disk, "b")
+    for _ in range(2):
+        with serving(short_tmp, f"{disk},format=qcow2") as daemon:
+            rows = await ask(daemon, "query-fleece-bitmaps")
+            found = {row["bitmap"]: row for row in rows}
+            assert found["b"]["inconsistent"]
+            assert found["b"]["reason"] == "there is one in the image, and one beside it"
+            assert "one in the image, and one beside it" in daemon.errors()
+            refused = daemon.run("snapshot", "create", "vda", "--bitmap", "b")
+            assert "Bitmap 'b' is inconsistent and cannot be used" in refused.err
+            assert daemon.stop() == 0
+    info = run(tool, "info", disk).stdout
+    assert "in-use" in info, "others do not trust it, either"
+    with serving(short_tmp, f"{disk},format=qcow2") as daemon:
+        assert daemon.run("bitmap", "remove", "vda", "b").code == 0
+        assert daemon.run("bitmap", "remove", "vda", "beside").code == 0
+        assert not list(daemon.state.glob("**/bitmaps/*"))
+        assert daemon.run("bitmap", "add", "vda", "b").code == 0
+        assert daemon.stop() == 0
+    with serving(short_tmp, f"{disk},format=qcow2") as daemon:
+        (row,) = await ask(daemon, "query-fleece-bitmaps")
+        assert "inconsistent" not in row
+        assert daemon.stop() == 0
