@@ -11,8 +11,9 @@ so that whoever opens the image then counts its references anew; and in every ve
 - counts go down only when neither tables nor header on disk lead to the cluster;
 - the header tells of another snapshot table, or L1 table, in one sector, when that is on disk.
 
-So the worst that a crash leaves in version 2 are leaks, and clusters that are not called the disk's
-own although they are: the next write copies them once more.
+A count, and the flag that a cluster is the disk's own, are in two places, and cannot change at one
+moment. Version 2 has no bit to say so, and what a crash left would be damage to every checker: so
+there snapshots are read, and not changed.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class Snapshots:
     async def create(self, name: str, date_s: int, date_ns: int) -> Snapshot:
         """See InternalSnapshots.create."""
         image = self._image
+        self._check_version()
         if image.header.has_data_file:
             raise CommandError("Internal snapshots cannot be used with an external data file")
         snapshot = table_of.Snapshot(
@@ -151,6 +153,7 @@ class Snapshots:
         """See InternalSnapshots.delete; a failure may leave leaks."""
         image = self._image
         snapshot = self.find(wanted)
+        self._check_version()
         if snapshot.id in self._readers:
             raise InUse(f"Snapshot '{snapshot.name}' (id {snapshot.id}) is in use")
         l1 = await read_l1(image, snapshot)
@@ -172,6 +175,7 @@ class Snapshots:
         """See InternalSnapshots.apply; the disk has the size of then."""
         image = self._image
         snapshot = self.find(wanted)
+        self._check_version()
         size = image.header.size if snapshot.disk_size is None else snapshot.disk_size
         needed = image.header.l1_needed(size)
         saved = await read_l1(image, snapshot)
@@ -214,6 +218,13 @@ class Snapshots:
             image.frees.add(before.l1_table_offset, 8 * before.l1_size, OTHER)
         image.note_metadata()
         await flag_own(self._image)
+
+    def _check_version(self) -> None:
+        if self._image.header.version < 3:
+            raise CommandError(
+                f"Internal snapshots of node '{self._image.node.name}' cannot be changed: a crash "
+                "could damage an image of version 2 (`qemu-img amend -o compat=1.1` makes it 3)"
+            )
 
     # --- steps -----------------------------------------------------------------------------------
 
