@@ -16,6 +16,7 @@ from nbdfleece.base.errors import CommandError
 from nbdfleece.block.bitmap import DirtyBitmap, new_bitmap
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
+from nbdfleece.block.registry import add_from_options
 from nbdfleece.block.reopen import reopen
 from tests.support.driver_kit import remove_all
 from tests.support.qcow2_history import KiB, MiB, check, open_image, qemu_io, random_step, run
@@ -225,6 +226,31 @@ async def test_reopening_stores_them_and_takes_them_into_use_again(
     await write(node, 1 * MiB, 512)
     await remove_all(graph)
     assert qemu_dirty(program, image, "b") == [(0, 65536), (1 * MiB, 65536)]
+
+
+async def test_a_bitmap_behind_an_overlay_goes_when_its_image_may_be_written(
+    image: Path, program: Program, graph: Graph, tmp_path: Path
+) -> None:
+    """T-B24."""
+    run(program("qemu-img"), "bitmap", "--add", "-g", 65536, image, "b")
+    backing = {"driver": "file", "node-name": "below", "filename": str(image)}
+    await add_from_options(graph, backing)
+    base = {"driver": "qcow2", "node-name": "base", "file": "below", "backing": None}
+    node = await add_from_options(graph, {**base, "read-only": True})
+    over = tmp_path / "over"
+    run(program("qemu-img"), "create", "-q", "-f", "qcow2", over, SIZE)
+    top = {"driver": "qcow2", "node-name": "top", "backing": "base"}
+    await add_from_options(graph, {**top, "file": {"driver": "file", "filename": str(over)}})
+    with pytest.raises(CommandError, match="readonly"):
+        node.bitmaps["b"].check_removable()
+    assert info(program, image) == {"b": ["auto"]}
+    await reopen(graph, [{**base, "read-only": False}])
+    node.bitmaps["b"].check_removable()
+    await remove(node, "b")
+    await reopen(graph, [{**base, "read-only": True}])
+    assert info(program, image) == {}
+    await remove_all(graph)
+    check(program, image)
 
 
 @pytest.mark.parametrize("granularity", [512, 65536, 1 << 24])

@@ -15,6 +15,7 @@ import pytest
 
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.extent import HOLE, ZERO
+from nbdfleece.block.bitmap import new_bitmap
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.drivers.qcow2.driver import Qcow2Driver, Qcow2Options
 from nbdfleece.block.graph import Graph
@@ -25,7 +26,7 @@ from nbdfleece.datapath.step import background
 from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2.create import NewImage
 from tests.block.test_qcow2_driver import qcow2_node
-from tests.support.driver_kit import file_node, random_change, read, remove_all
+from tests.support.driver_kit import fails, file_node, random_change, read, remove_all
 from tests.support.fleecing import add_access, add_filter, read_all
 from tests.support.qcow2 import check_qcow2, make_qcow2
 
@@ -383,3 +384,53 @@ async def test_first_writes_to_one_cluster_at_a_time_all_arrive(
     assert await read_all(node) == expected
     await graph.remove(node)
     check_qcow2(path)
+
+
+@pytest.mark.parametrize("what", ["data", "table"])
+async def test_a_write_does_not_follow_an_entry_behind_the_end_of_the_file(
+    graph: Graph,
+    tmp_path: Path,
+    what: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The file would get as long as the entry says; and the log, whatever a client reads."""
+    path = make_qcow2(tmp_path / "x.qcow2", NewImage(size=SIZE))
+    node = await qcow2_node(graph, path)
+    await node.write(0, memoryview(b"x" * 65536), fua=False)
+    await graph.remove(node)
+    data = bytearray(path.read_bytes())
+    l1 = features(path).l1_table_offset
+    l2 = int.from_bytes(data[l1 : l1 + 8], "big") & ~(1 << 63)
+    at = l2 if what == "data" else l1
+    data[at : at + 8] = (1 << 63 | 1 << 50).to_bytes(8, "big")
+    path.write_bytes(data)
+    node = await qcow2_node(graph, path)
+    for _ in range(50):
+        assert await fails(node.write(0, memoryview(b"y" * 512), fua=False)) == errno.EIO
+    assert path.stat().st_size < 1 << 30
+    told = [each for each in caplog.records if "behind the end of the file" in each.message]
+    assert len(told) == 16
+    assert "more damage is not logged" in caplog.text
+
+
+async def test_the_name_of_a_backing_file_stays_where_it_is_when_the_header_grows(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """A header write may be torn between two sectors: half a new name is another file."""
+    make_qcow2(tmp_path / "base", NewImage(size=SIZE))
+    path = tmp_path / "x.qcow2"
+    qemu_img(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", tmp_path / "base", path])
+    places = [features(path).backing_offset]
+    for name in ("one", "two", "three"):
+        node = await qcow2_node(graph, path)
+        bitmap = new_bitmap(node, name, 65536, enabled=True)
+        assert node.bitmap_keeper is not None
+        await node.bitmap_keeper.keep(bitmap)
+        node.bitmaps[name] = bitmap
+        await graph.remove(node)
+        header = features(path)
+        places.append(header.backing_offset)
+        assert header.backing_file == str(tmp_path / "base")
+        assert path.read_bytes()[header.backing_offset :].startswith(bytes(tmp_path / "base"))
+        check_qcow2(path)
+    assert places[0] < places[1] == places[2] == places[3]

@@ -21,9 +21,12 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.block import internal_snapshots
+from nbdfleece.block.bitmap import new_bitmap
+from nbdfleece.block.drain import quiet
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.block.registry import add_from_options
+from nbdfleece.formats.qcow2.header import parse_header
 from tests.support.driver_kit import remove_all
 from tests.support.power_cut import NEVER, SECTOR, Acknowledged, Clock, Crashes, RecordingDriver
 from tests.support.qcow2_history import read_all
@@ -313,6 +316,84 @@ async def test_a_power_cut_while_snapshots_come_and_go(
         for moment in crashes.moments(rng, 60 if long_run else 10):
             for how, data in crashes.at(moment, rng):
                 await run.reopen(data, f"{how} at {moment}")
+
+
+class BitmapRun(Run):
+    """As Run, in several sessions, with persistent bitmaps that come and go.
+
+    What is left of a bitmap is complete or says that it is not, and the name of the backing file,
+    which is in the way of the directory's place in the header, is never torn.
+    """
+
+    def _make(self) -> bytes:
+        super()._make()
+        path = self.folder / "image.qcow2"
+        add = [self.program("qemu-img"), "bitmap", "--add", "-g", "4096", str(path), "b"]
+        subprocess.run(add, check=True)
+        return path.read_bytes()
+
+    async def history(self, requests: int, depth: int) -> None:
+        for _ in range(3):
+            await super().history(requests, depth)
+
+    async def live(self, guest: Guest, requests: int, depth: int) -> None:
+        node = guest.node
+        guest.count = self.clock.now  # data of its own in each session
+        await guest.run(requests, depth)
+        self.made = getattr(self, "made", 0) + 1
+        bitmap = new_bitmap(node, f"b{self.made}", 4096, enabled=True)
+        bitmap.set(0, node.size)  # its first content: nothing is known
+        assert node.bitmap_keeper is not None
+        async with quiet(node):
+            await node.bitmap_keeper.keep(bitmap)
+            node.bitmaps[bitmap.name] = bitmap
+        if self.made == 3:
+            async with quiet(node):
+                await node.bitmap_keeper.forget(node.bitmaps.pop("b1"))
+        await guest.run(requests, depth)
+
+    def _look(self, data: bytes, moment: int, what: str) -> None:
+        super()._look(data, moment, what)
+        name = "base.raw" if self.kind.backed else None
+        assert parse_header(data).backing_file == name, what
+
+    async def reopen(self, data: bytes, what: str) -> int:
+        """Look at the bitmaps of what a cut has left; return how many can be used."""
+        graph = Graph()
+        file = RecordingDriver(data, self.rng, turns=0)
+        try:
+            await graph.add("file", file, {}, read_only=False, discard_enabled=True)
+            options = {"driver": "qcow2", "node-name": "disk", "file": "file", "backing": None}
+            node = await add_from_options(graph, options)
+            disk = Image(data, self.base).content()
+            usable = [one for one in node.bitmaps.values() if not one.inconsistent]
+            for bitmap in usable:
+                dirty = bytearray(len(disk))
+                for offset, length in bitmap.dirty_ranges():
+                    dirty[offset : offset + length] = bytes([1]) * length
+                for at in range(0, len(disk), SECTOR):
+                    if disk[at : at + SECTOR] != self.before[at : at + SECTOR]:
+                        assert dirty[at], f"{what}: bitmap {bitmap.name} misses {at}"
+            return len(usable)
+        finally:
+            await remove_all(graph)
+
+
+@pytest.mark.deadline(3000)
+@pytest.mark.parametrize("name", ["empty", "small tables", "backed", "extended"])
+async def test_a_power_cut_leaves_bitmaps_complete_or_inconsistent(
+    tmp_path: Path, program: Program, rng: random.Random, name: str, *, long_run: bool
+) -> None:
+    for _ in range(20 if long_run else 1):
+        run = BitmapRun(program, tmp_path, KINDS[name], rng)
+        await run.history(requests=12, depth=4)
+        run.end()
+        assert run.cut(most=400 if long_run else 60, samples=20 if long_run else 2)
+        crashes = Crashes(run.file)
+        for moment in crashes.moments(rng, 60 if long_run else 20):
+            for how, data in crashes.at(moment, rng):
+                await run.reopen(data, f"{how} at {moment}")
+        assert await run.reopen(bytes(run.file.content), "the end") == 3
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from nbdfleece.base.limits import (
     MAX_QCOW2_SNAPSHOTS,
     MAX_SIZE,
 )
-from nbdfleece.base.units import ceil_div
+from nbdfleece.base.units import align_up, ceil_div
 
 MAGIC: Final = b"QFI\xfb"
 MIN_CLUSTER_BITS: Final = 9
@@ -74,6 +74,7 @@ _CRYPT_NAMES: Final = {1: "AES", 2: "LUKS"}
 
 _V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3: Final = struct.Struct(">QQQII")
+_SECTOR: Final = 512  # what a disk writes as a whole
 _EXTENSION: Final = struct.Struct(">II")
 _FEATURE: Final = struct.Struct(">BB46s")
 
@@ -147,6 +148,7 @@ class Header:
         more: Fields behind the known ones, kept as they are.
         extensions: In their order, without the end marker.
         backing_file: The name of the backing file as stored; None: there is none.
+        backing_offset: Where it is; when that is not free any more, `placed` finds another place.
     """
 
     version: int
@@ -167,6 +169,7 @@ class Header:
     more: bytes = b""
     extensions: tuple[Extension, ...] = ()
     backing_file: str | None = None
+    backing_offset: int = 0
 
     @property
     def cluster_size(self) -> int:
@@ -321,28 +324,52 @@ def parse_header(data: bytes) -> Header:
         more=more,
         extensions=extensions,
         backing_file=_parse_backing(area, backing_offset, backing_size),
+        backing_offset=backing_offset,
     )
     _check_features(header, crypt_method)
     _check_tables(header)
     return header
 
 
+def placed(header: Header) -> Header:
+    """Return the header with its backing file name in a place that is free.
+
+    That is where it was, if the extensions leave it; otherwise far enough behind them, and behind
+    the old place, to stay there when they get longer. So a name seldom moves, and when it does, the
+    new one can be written before the header tells of it.
+    """
+    if header.backing_file is None:
+        return replace(header, backing_offset=0)
+    size = len(_name(header))
+    end, area = _length(header) + len(_extensions(header)), header.cluster_size
+    before = header.backing_offset
+    if before >= end and before + size <= area:
+        return header
+    roomy = align_up(max(end, before + size if before else 0), _SECTOR) + _SECTOR
+    at = roomy if roomy + size <= area else max(end, (area - size) & ~7)
+    return replace(header, backing_offset=at)
+
+
+def is_torn_easily(header: Header, type_: int) -> bool:
+    """Tell whether an extension is in two sectors, of which a crash may leave one."""
+    at = _length(header)
+    for extension in header.extensions:
+        end = at + _EXTENSION.size + len(extension.data)
+        if extension.type == type_:
+            return at // _SECTOR != (end - 1) // _SECTOR
+        at = align_up(end, 8)
+    return False
+
+
 def encode_header(header: Header) -> bytes:
-    """Return the bytes of the header, its extensions and the backing file name, without a gap.
+    """Return the bytes of the header, its extensions and the backing file name (see `placed`).
 
     Raises:
         ImageError: They do not fit into the first cluster.
     """
-    extensions = b"".join(
-        _EXTENSION.pack(type_, len(data)) + data + bytes(-len(data) % 8)
-        for type_, data in (*header.extensions, Extension(EXT_END, b""))
-    )
-    length = header.header_length if header.version == 3 else LENGTH_V2
-    backing_offset = backing_size = 0
-    name = b""
-    if header.backing_file is not None:
-        name = header.backing_file.encode("utf-8", "surrogateescape")
-        backing_offset, backing_size = length + len(extensions), len(name)
+    header = placed(header)
+    extensions, length, name = _extensions(header), _length(header), _name(header)
+    backing_offset, backing_size = header.backing_offset, len(name)
     fields = _V2.pack(
         MAGIC,
         header.version,
@@ -370,7 +397,9 @@ def encode_header(header: Header) -> bytes:
             fields += bytes((header.compression_type,)) + bytes(LENGTH_NOW - LENGTH_V3 - 1)
         fields += header.more
         assert len(fields) == length, "header_length fits the fields"
-    whole = fields + extensions + name
+    whole = fields + extensions
+    if name:
+        whole = whole.ljust(backing_offset, b"\0") + name
     if len(name) > MAX_QCOW2_BACKING_NAME:
         raise ImageError(f"Backing file name is longer than {MAX_QCOW2_BACKING_NAME} bytes")
     if len(whole) > header.cluster_size:
@@ -393,6 +422,21 @@ def encode_feature_names(names: tuple[FeatureName, ...] = FEATURE_NAMES) -> byte
 
 
 # --- private ----------------------------------------------------------------------------------
+
+
+def _length(header: Header) -> int:
+    return header.header_length if header.version == 3 else LENGTH_V2
+
+
+def _extensions(header: Header) -> bytes:
+    return b"".join(
+        _EXTENSION.pack(type_, len(data)) + data + bytes(-len(data) % 8)
+        for type_, data in (*header.extensions, Extension(EXT_END, b""))
+    )
+
+
+def _name(header: Header) -> bytes:
+    return (header.backing_file or "").encode("utf-8", "surrogateescape")
 
 
 def _text(data: bytes | None) -> str | None:

@@ -232,9 +232,7 @@ class StoredBitmaps:
             refcount_table_offset=image.header.refcount_table_offset,
             refcount_table_clusters=image.header.refcount_table_clusters,
         )
-        await image.write_file(0, h.encode_header(header))
-        await image.file.flush()
-        image.header = header
+        await image.write_header(header)
         self._entries = wanted
         kept = {entry.table_offset for entry in wanted.values()}
         gone = [entry for entry in old.values() if entry.table_offset not in kept]

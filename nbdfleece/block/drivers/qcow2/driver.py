@@ -243,6 +243,7 @@ class Qcow2Driver(Driver):
         if self.node.read_only:
             raise CommandError(f"Could not change backing file to '{name}': Image is read-only")
         image = self.image
+        await image.commit.run(with_refcounts=True)
         wanted = replace(image.header, backing_file=name or None)
         wanted = wanted.with_extension(EXT_BACKING_FORMAT, driver.encode() if name else None)
         try:

@@ -36,6 +36,10 @@ _log: Final = logging.getLogger(__name__)
 KEPT_AUTOCLEAR: Final = h.DATA_FILE_RAW | h.BITMAPS
 
 
+_SECTOR: Final = 512
+_MOST_TOLD: Final = 16  # lines in the log: a client can read the same damage for ever
+
+
 class CacheSizes(NamedTuple):
     """Bytes of tables and of refcounts that are kept in memory."""
 
@@ -71,6 +75,7 @@ class Image:
 
     lazy = False
     is_changing = False
+    _told = 0  # damage that requests have met
     _beginning: asyncio.Future[None] | None = None
     _growing: asyncio.Future[None] | None = None
 
@@ -112,8 +117,12 @@ class Image:
         return self.node.child("data-file").node if self.geometry.has_data_file else self.file
 
     def damaged(self, error: ImageError) -> IoError:
-        """Return what a request that has met a damaged table fails with."""
-        _log.error("node '%s': %s", self.node.name, error)
+        """Return what a request that has met a damaged table fails with; the first are logged."""
+        self._told += 1
+        if self._told <= _MOST_TOLD:
+            _log.error("node '%s': %s", self.node.name, error)
+        if self._told == _MOST_TOLD:
+            _log.error("node '%s': more damage is not logged", self.node.name)
         return IoError(errno.EIO, f"node '{self.node.name}': damaged qcow2 image: {error}")
 
     def note_metadata(self) -> None:
@@ -140,10 +149,13 @@ class Image:
         """Insist that data may be written to a range of the image's file.
 
         Raises:
-            IoError: Metadata is there: the image is damaged.
+            IoError: Metadata is there, or nothing has ever been: the image is damaged.
         """
         if self.header.has_data_file:
             return
+        if host + length > self.fresh:
+            # What was allocated since the image was opened has moved `fresh` on.
+            raise self.damaged(ImageError(f"data at {host:#x} is behind the end of the file"))
         bits = self.header.cluster_bits
         first, last = host >> bits, (host + length - 1) >> bits
         for cluster in range(first, last + 1):
@@ -253,16 +265,38 @@ class Image:
         self.header = wanted
 
     async def write_header(self, wanted: h.Header) -> None:
-        """Write all of the header, to stable storage; nothing is in flight.
+        """Write all of the header, to stable storage; what it tells of is on disk.
+
+        It is longer than a sector, and a crash may leave any of its sectors as they were: so a name
+        that moves is there before it is told of, and an extension in two sectors is not in force.
 
         Raises:
             ImageError: It is longer than its cluster. Nothing has changed.
             IoError: It could not be written.
         """
-        data = h.encode_header(wanted)
-        await self.write_file(0, data + bytes(self.header.cluster_size - len(data)))
+        wanted = h.placed(wanted)
+        data, before = h.encode_header(wanted), self.header
+        if before.backing_file == wanted.backing_file and (
+            before.backing_offset != wanted.backing_offset
+        ):
+            await self.write_file(wanted.backing_offset, data[wanted.backing_offset :])
+            await self.file.flush()
+            moved = replace(before, backing_offset=wanted.backing_offset)
+            await self.write_file(0, h.encode_header(moved)[:_SECTOR])
+            await self.file.flush()
+            self.header = before = moved
+        features, old = wanted.autoclear, before.extension(h.EXT_BITMAPS)
+        if old != wanted.extension(h.EXT_BITMAPS) and (
+            h.is_torn_easily(before, h.EXT_BITMAPS) or h.is_torn_easily(wanted, h.EXT_BITMAPS)
+        ):
+            wanted = replace(wanted, autoclear=features & ~h.BITMAPS)
+            await self.write_features(replace(before, autoclear=before.autoclear & ~h.BITMAPS))
+            data = h.encode_header(wanted)
+        await self.write_file(0, data)
         await self.file.flush()
         self.header = wanted
+        if features != wanted.autoclear:
+            await self.write_features(replace(wanted, autoclear=features))
 
     async def settle_all(self) -> None:
         """Write out everything, refcounts too, and clear the dirty bit. Nothing is in flight."""

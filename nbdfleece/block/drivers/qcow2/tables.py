@@ -195,6 +195,10 @@ class L2Cache:
             offset = table_offset(self.l1[index], bits)
         except ImageError as error:
             raise image.damaged(error) from error
+        if offset + (1 << bits) > image.fresh:
+            raise image.damaged(
+                ImageError(f"L2 table at {offset:#x} is behind the end of the file")
+            )
         if offset and offset >> bits in image.metadata:
             raise image.damaged(ImageError(f"L2 table at {offset:#x} is something else"))
         return offset

@@ -138,19 +138,23 @@ class Writer:
         """Write data of the disk to where it belongs."""
         node, end = self._image.data, host + len(data)
         if end > node.size:
-            await self._reach(end)
+            await self._reach(host, end)
         await node.write(host, data, fua=fua)
 
     async def write_in_place(self, host: int, data: memoryview, reply: EarlyReply | None) -> None:
         """As `write_data` where `direct` says; see Driver.write_replying."""
         node, end = self._image.data, host + len(data)
         if end > node.size:
-            await self._reach(end)
+            await self._reach(host, end)
         await node.write_replying(host, data, reply)
 
-    async def _reach(self, end: int) -> None:
+    async def _reach(self, host: int, end: int) -> None:
         image = self._image
-        await (image.reach_data(end) if self._geometry.has_data_file else image.reach(end))
+        if self._geometry.has_data_file:
+            await image.reach_data(end)
+            return
+        image.check_no_metadata(host, end - host)
+        await image.reach(end)
 
     def _take_first(self, offset: int, length: int) -> int:
         """Take host clusters for a write to empty clusters; return the first, -1: ask `_write_new`.
