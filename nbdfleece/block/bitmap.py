@@ -162,10 +162,14 @@ class DirtyBitmap:
         """Record a write, if the bitmap records now."""
         if self.enabled:
             shift = self._shift
-            first, last = offset >> shift, (offset + length - 1 >> shift) + 1
-            # Most writes go where others have been.
-            if self._bits.uniform(first, last) != _DIRTY:
-                self._set(first, last)
+            first, end = offset >> shift, offset + length - 1 >> shift
+            # Most writes go where others have been, and lie in one granule.
+            if first == end:
+                if self._bits.get(first) == _DIRTY:
+                    return
+            elif self._bits.uniform(first, end + 1) == _DIRTY:
+                return
+            self._set(first, end + 1)
 
     def _set(self, first: int, last: int) -> None:
         if self.store is not None:

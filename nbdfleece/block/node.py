@@ -198,7 +198,7 @@ class Node:
     def plain_file(self) -> FileIo | None:
         """Return the open file, when using it directly is the same as using this node.
 
-        Whoever writes to it calls `mark_before` and `mark` (N2).
+        Whoever writes to it calls `mark_before` or `mark_early`, and `mark` (N2).
         """
         if self.read_only or self.write_threshold or self.accounting:
             return None
@@ -270,8 +270,7 @@ class Node:
         self._check_write("write", offset, len(data))
         self.in_flight += 1
         if self.bitmaps:
-            self.mark_before(offset, len(data))
-            self.mark(offset, len(data))
+            self.mark_early(offset, len(data))
         try:
             await self.driver.write_replying(offset, data, reply)
         finally:
@@ -377,6 +376,14 @@ class Node:
                 if monotonic() > store.renew_at:
                     store.renew()
                 bitmap.mark(offset, length)
+
+    def mark_early(self, offset: int, length: int) -> None:
+        """As `mark_before`, and the others as well: the reply may come before the end."""
+        for bitmap in self.bitmaps.values():
+            store = bitmap.store
+            if store is not None and monotonic() > store.renew_at:
+                store.renew()
+            bitmap.mark(offset, length)
 
     def mark(self, offset: int, length: int) -> None:
         """Mark the other recording bitmaps: a write has ended, however it did (N2)."""

@@ -350,9 +350,10 @@ class CopyBeforeWrite(Driver):
             self._give_way(error)
             return False
         if source.bitmaps:
-            source.mark_before(offset, len(data))
-            if reply is not None:  # who has got it may look at the others, too
-                source.mark(offset, len(data))
+            if reply is None:
+                source.mark_before(offset, len(data))
+            else:
+                source.mark_early(offset, len(data))
         has_reached_source = True
         try:
             await source_file.save_then_write(
