@@ -71,7 +71,13 @@ class BitmapStore(Protocol):
         """
 
     def settle(self, bitmap: DirtyBitmap) -> None:
-        """Take out what is clean in `bitmap` and in its successor; keep whether it records."""
+        """Take out what is clean in `bitmap` and in its successor; keep whether it records.
+
+        That may go on behind the call, up to `hold`; what is dirty then is what counts.
+        """
+
+    def hold(self) -> None:
+        """Take nothing out until the next `settle`."""
 
     def resize(self, bitmap: DirtyBitmap) -> None:
         """Follow the bitmap to its new size."""
@@ -185,6 +191,8 @@ class DirtyBitmap:
 
     def take(self) -> Content:
         """Make every granule clean and return the content, for `put_back`; a store lags (D3)."""
+        if self.store is not None:
+            self.store.hold()
         taken, self._bits = self._bits, StateMap(len(self._bits))
         return taken
 
@@ -192,6 +200,9 @@ class DirtyBitmap:
         """Have the content again that `take` or `copy` returned."""
         assert len(taken) == len(self._bits), "the bitmap has been resized"
         self._bits = taken
+        if self.store is not None:
+            for first, last in self.runs():
+                self.store.record(first, last)  # D3
 
     def copy(self) -> Content:
         """Return a copy of the content, for `put_back`."""
@@ -239,6 +250,16 @@ class DirtyBitmap:
             if page != _CLEAN:
                 size = min(PAGE, len(self._bits) - base)
                 yield base, bytes((_DIRTY,)) * size if isinstance(page, int) else bytes(page[:size])
+
+    def bases(self) -> list[int]:
+        """Return where parts begin that are not all clean, in order; see `page`."""
+        return [base for base, page in self._bits.pages() if page != _CLEAN]
+
+    def page(self, base: int) -> bytes:
+        """Return up to 16384 granules from `base` on, a multiple of that: 0 clean, 1 dirty."""
+        size = min(PAGE, len(self._bits) - base)
+        page = self._bits.page(base)
+        return bytes((page,)) * size if isinstance(page, int) else bytes(page[:size])
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """As `dirty_ranges`, in granules [first, last)."""

@@ -23,10 +23,12 @@ import errno
 import hashlib
 import logging
 import os
+import threading
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import quote, unquote
 
 from nbdfleece.base.errors import CommandError
@@ -56,7 +58,15 @@ _ONES: Final = b"\1" * _PAGE
 _NORMAL: Final = bytes(1) + b"\1" * 255  # whatever is not 0 is dirty
 _AHEAD_NS: Final = 3_000_000_000  # K4: the header's time is that far in the future,
 _RENEW_S: Final = 1.0  # and renewed when it is older than this
+_SETTLE_PAGES: Final = 64  # settled in one turn of the loop: a millisecond or two
 _LONGEST_NAME: Final = 200  # bytes of a file's name
+
+
+class _Settling(NamedTuple):
+    """A bitmap, and the first granules of the pages of its file that are to be looked at."""
+
+    bitmap: DirtyBitmap
+    bases: deque[int]
 
 
 class BitmapFile:
@@ -77,6 +87,8 @@ class BitmapFile:
         self._fd = fd
         self._header = header
         self.renew_at = 0.0
+        self._settling: _Settling | None = None  # what is left of a `settle`
+        self._lock = threading.Lock()  # of that: `finish` is called in a thread
 
     # --- block.bitmap.BitmapStore ----------------------------------------------------------------
 
@@ -87,9 +99,10 @@ class BitmapFile:
 
     def record(self, first: int, last: int) -> None:
         """Make granules dirty; see BitmapStore.record."""
-        if self._header.all_dirty or self._header.broken:
+        if self._header.broken or (self._header.all_dirty and self._settling is None):
             return
         if first == 0 and last >= self._count and last > _PAGE:
+            self.hold()
             self._write_header(replace(self._header, all_dirty=True))
             return
         try:
@@ -100,24 +113,73 @@ class BitmapFile:
         except OSError as error:
             self.abandon(f"it could not be written: {_says(error)}")
 
-    def settle(self, bitmap: DirtyBitmap) -> None:
-        """Take out what is not dirty any more (K2); see BitmapStore.settle."""
-        if self._header.broken:
-            return
+    def record_page(self, base: int, states: bytes) -> None:
+        """Put a page of a bitmap in, whose store this is not yet."""
         try:
-            for base, now in _union(bitmap):
-                found = self._read(base, len(now))
-                if found != now:
-                    _write(self._fd, now, HEADER_SIZE + base)
-            kept = {base for base, _ in _union(bitmap)}
-            for base, found in self.pages():
-                if base not in kept and found.strip(b"\0"):
-                    _write(self._fd, bytes(len(found)), HEADER_SIZE + base)
+            _write(self._fd, states, HEADER_SIZE + base)
         except OSError as error:
             self.abandon(f"it could not be written: {_says(error)}")
+
+    def settle(self, bitmap: DirtyBitmap) -> None:
+        """Take out what is not dirty any more (K2); see BitmapStore.settle.
+
+        The file of a large disk is long: what is not done at once is done little by little in the
+        loop, which must be running. Each page becomes what is dirty at that moment.
+        """
+        if self._header.broken:
             return
-        if self._header.all_dirty or self._header.recording != bitmap.recording:
-            self._write_header(replace(self._header, all_dirty=False, recording=bitmap.recording))
+        if self._header.recording != bitmap.recording:
+            self._write_header(replace(self._header, recording=bitmap.recording))
+        try:
+            bases = set(self._data_bases())
+        except OSError as error:
+            self.abandon(f"it could not be read: {_says(error)}")
+            return
+        if self._header.all_dirty:  # the file need not have what is dirty
+            bases.update(bitmap.bases())
+            if bitmap.successor is not None:
+                bases.update(bitmap.successor.bases())
+        with self._lock:
+            self._settling = _Settling(bitmap, deque(sorted(bases)))
+        self._settle_some()
+
+    def hold(self) -> None:
+        """Take nothing out any more; see BitmapStore.hold."""
+        with self._lock:
+            self._settling = None
+
+    def settle_rest(self) -> None:
+        """Do at once what is left of a `settle`; may block."""
+        while self._settle_pages():
+            pass
+
+    def _settle_some(self) -> None:
+        """Settle some pages, and come again for others."""
+        if self._settle_pages():
+            asyncio.get_running_loop().call_soon(self._settle_some)
+
+    def _settle_pages(self) -> bool:
+        """Settle some pages; tell whether others are left."""
+        with self._lock:
+            settling = self._settling
+            if settling is None or self._header.broken:
+                return False
+            bitmap, bases = settling
+            try:
+                for _ in range(min(_SETTLE_PAGES, len(bases))):
+                    base = bases.popleft()
+                    now = _united(bitmap, base)
+                    if self._read(base, len(now)) != now:
+                        _write(self._fd, now, HEADER_SIZE + base)
+            except OSError as error:
+                self.abandon(f"it could not be written: {_says(error)}")
+                return False
+            if bases:
+                return True
+            self._settling = None
+            if self._header.all_dirty:
+                self._write_header(replace(self._header, all_dirty=False))
+            return False
 
     def resize(self, bitmap: DirtyBitmap) -> None:
         """Follow the disk; see BitmapStore.resize."""
@@ -157,6 +219,7 @@ class BitmapFile:
             mtime_ns: When the disk was last changed; 0: nobody knows.
         """
         try:
+            self.settle_rest()
             if not self._header.broken:
                 body = BodySum()
                 for base, states in self.pages():
@@ -172,6 +235,7 @@ class BitmapFile:
 
     def close(self) -> None:
         """Close it as it is."""
+        self.hold()
         os.close(self._fd)
 
     def pages(self) -> Iterator[tuple[int, bytes]]:
@@ -192,6 +256,27 @@ class BitmapFile:
             size = min(_PAGE, count - index)
             yield index, self._read(index, size)
             index += size
+
+    def _data_bases(self) -> Iterator[int]:
+        """Yield the first granules of the pages that are not holes.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        index, count = 0, self._count
+        while index < count:
+            try:
+                data = os.lseek(self._fd, HEADER_SIZE + index, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # a hole up to the end
+                    return
+                raise
+            hole = os.lseek(self._fd, data, os.SEEK_HOLE)
+            index = max(index, (data - HEADER_SIZE) // _PAGE * _PAGE)
+            end = min(hole - HEADER_SIZE, count)
+            while index < end:
+                yield index
+                index += _PAGE
 
     @property
     def _count(self) -> int:
@@ -249,7 +334,8 @@ class DiskBitmaps:
         if bitmap.count() == ceil_div(bitmap.size, bitmap.granularity) * bitmap.granularity:
             store.record(0, ceil_div(bitmap.size, bitmap.granularity))
         else:
-            store.settle(bitmap)
+            for base in bitmap.bases():
+                store.record_page(base, bitmap.page(base))
         bitmap.store = store
         bitmap.persistent = True
 
@@ -425,20 +511,14 @@ def identity_of(facts: dict[str, str | int | float | bool | None], *, is_file: b
     return hashlib.sha256(known.encode(errors="surrogateescape")).digest()
 
 
-def _union(bitmap: DirtyBitmap) -> Iterator[tuple[int, bytes]]:
-    """Yield the states of a bitmap, united with its successor."""
+def _united(bitmap: DirtyBitmap, base: int) -> bytes:
+    """Return the states of a page of a bitmap, united with its successor's."""
+    states = bitmap.page(base)
     if bitmap.successor is None:
-        yield from bitmap.states()
-        return
-    pages = dict(bitmap.states())
-    for base, states in bitmap.successor.states():
-        other = pages.get(base)
-        if other is not None:
-            both = int.from_bytes(states, "little") | int.from_bytes(other, "little")
-            pages[base] = both.to_bytes(len(states), "little")
-        else:
-            pages[base] = states
-    yield from sorted(pages.items())
+        return states
+    other = bitmap.successor.page(base)
+    both = int.from_bytes(states, "little") | int.from_bytes(other, "little")
+    return both.to_bytes(len(states), "little")
 
 
 def _make(path: Path, header: Header) -> BitmapFile:

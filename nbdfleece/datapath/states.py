@@ -148,6 +148,10 @@ class StateMap:
         for number in sorted(self._pages):
             yield number << _SHIFT, self._pages[number]
 
+    def page(self, first: int) -> int | bytearray:
+        """Return the page that begins at `first`, as `pages` does."""
+        return self._pages.get(first >> _SHIFT, 0)
+
     def put_page(self, first: int, states: bytes) -> None:
         """Set the states from `first` on, a multiple of PAGE; PAGE of them, or up to the end."""
         assert first & _MASK == 0, "not where a page begins"

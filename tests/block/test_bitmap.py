@@ -55,6 +55,8 @@ class Store:
 
     def abandon(self, why: str) -> None: ...
 
+    def hold(self) -> None: ...
+
     def record(self, first: int, last: int) -> None:
         self.bits |= set(range(first, last))
 

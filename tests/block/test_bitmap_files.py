@@ -18,6 +18,7 @@ from nbdfleece.block.node import Node
 from nbdfleece.formats.bitmap_file import HEADER_SIZE, unpack
 from tests.support.fleecing import add_plain
 from tests.support.memory import MemoryDriver
+from tests.support.waiting import turns
 
 GRANULE = 512
 GRANULES = 20_000  # more than a page of states, and less than two
@@ -124,6 +125,87 @@ async def test_at_every_moment_the_file_holds_what_is_dirty(
         assert found.enabled
     (found,) = await bench.restart()
     assert dirty(found) == model | frozen
+
+
+async def test_while_it_is_settled_little_by_little_the_file_is_never_less(
+    bench: Bench, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K2 at every turn of the loop; at rest the file is exactly what is dirty."""
+    monkeypatch.setattr(bitmap_files, "_SETTLE_PAGES", 1)
+    count = 5 * 16384 + 77
+    bench.node = await bench.other(size=count * GRANULE)
+    bench.kept = DiskBitmaps(bench.folder, bench.node, DISK)
+
+    async def look(wanted: set[int], *, at_rest: bool) -> None:
+        one = await bench.other(size=count * GRANULE, read_only=True)
+        (found,) = DiskBitmaps(bench.folder, one, DISK).load(0)
+        assert dirty(found) == wanted if at_rest else dirty(found) >= wanted
+
+    await bench.add()
+    model, frozen = set[int](), set[int]()
+    for _ in range(120):
+        bitmap = bench.node.bitmaps["b"]
+        action = rng.randrange(10)
+        if action == 0 and bitmap.successor is None:
+            freeze(bench.node.bitmaps, bitmap)
+            frozen, model = model, set()
+        elif action == 1 and bitmap.successor is not None:
+            abdicate(bench.node.bitmaps, bitmap)
+            frozen = set()
+        elif action == 2 and bitmap.successor is not None:
+            reclaim(bench.node.bitmaps, bitmap)
+            model, frozen = model | frozen, set()
+        elif action == 3 and bitmap.successor is None:
+            taken = bitmap.take()
+            await turns(rng.randrange(8))
+            await look(model, at_rest=False)
+            if rng.random() < 0.5:
+                bitmap.put_back(taken)
+            else:
+                bitmap.settle()
+                model = set()
+        elif action == 4 and bitmap.successor is None:
+            bitmap.set(0, bitmap.size)
+            model = set(range(count))
+        else:
+            length = rng.choice((1, 512, 10_000_000))
+            offset = rng.randrange(bitmap.size - length + 1)
+            await write(bench.node, offset, length)
+            model |= set(range(offset // GRANULE, -(-(offset + length) // GRANULE)))
+        await turns(rng.choice((0, 1, 2)))
+        await look(model | frozen, at_rest=False)
+    bench.node.bitmaps["b"].settle()
+    await turns(10)
+    await look(model | frozen, at_rest=True)
+
+
+async def test_a_clean_end_settles_the_rest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bitmap_files, "_SETTLE_PAGES", 1)
+    bitmap = await bench.add()
+    bitmap.set(0, SIZE - GRANULE)
+    bitmap.take()
+    bitmap.set(0, GRANULE)
+    bitmap.settle()
+
+    bench.kept.finish(1)
+
+    bench.node.bitmaps.clear()
+    (found,) = await bench.peek(1)
+    assert dirty(found) == {0}
+
+
+async def test_content_that_is_put_back_is_in_the_file_whatever_was_settled_meanwhile(
+    bench: Bench,
+) -> None:
+    bitmap = await bench.add()
+    bitmap.set(GRANULE, GRANULE)
+    taken = bitmap.take()
+    bitmap.settle()
+
+    bitmap.put_back(taken)
+
+    (found,) = await bench.peek()
+    assert dirty(found) == {1}
 
 
 async def test_whether_it_records_is_kept(bench: Bench) -> None:

@@ -234,8 +234,8 @@ class _Merge(_BitmapAction):
 
     async def abort(self) -> None:
         """See Action.abort."""
+        # Its store keeps what was added: a `clear` before this may have its content to put back.
         self._bitmap.put_back(self._before)
-        self._bitmap.settle()
 
 
 async def _sha256(context: Context, arguments: Arguments) -> Json:
