@@ -159,6 +159,7 @@ def _plan_node(graph: Graph, node: Node, spec: NodeSpec, found: dict[Node, _Chan
             wanted = graph.find(child)
             if wanted is not edge.node and wanted is not _looked_through(edge.node):
                 _check_may_move(node, edge)
+                _check_same_image(edge, wanted)
                 moves[edge] = wanted
         elif edge.node.goes_with_parent:
             if child.node_name not in (None, edge.node.name):
@@ -214,6 +215,22 @@ def _check_may_move(parent: Node, edge: Child) -> None:
         raise CommandError(f"Cannot change the option '{edge.name}'")
     if edge.node.is_implicit:
         raise CommandError(f"Cannot replace implicit {edge.name} child of {parent.name}")
+
+
+def _check_same_image(edge: Child, wanted: Node) -> None:
+    """Check that a format keeps its image, of which much is in memory; filters may come and go.
+
+    Raises:
+        CommandError: It would not.
+    """
+    if edge.role & Role.METADATA and _unfiltered(wanted) is not _unfiltered(edge.node):
+        raise CommandError(f"Cannot change the option '{edge.name}': it is another image")
+
+
+def _unfiltered(node: Node) -> Node:
+    while node.file is not None and node.file.role & Role.FILTERED:
+        node = node.file.node
+    return node
 
 
 # --- preparing, applying -----------------------------------------------------------------------
@@ -312,7 +329,10 @@ def _check_may_resize(nodes: Sequence[Node]) -> None:
         CommandError: A parent, or the user of a bitmap, does not bear it.
     """
     for node in nodes:
+        below = _unfiltered(node)
         for edge in node.parents:
+            if edge.role & Role.METADATA and below is not node and below.size == node.size:
+                continue  # a filter that was put below a format: it had not seen its file grow
             if not edge.shared & permissions.RESIZE:
                 needing = f"the new options of node '{node.name}'"
                 raise permissions.conflict(node, permissions.RESIZE, needing, edge)
@@ -357,8 +377,7 @@ def _check_preserved(before: Mapping[Child, object]) -> None:
 
 def _content(node: Node) -> object:
     """Return a value that tells whether two nodes have the same content, filters left out."""
-    while node.file is not None and node.file.role & Role.FILTERED:
-        node = node.file.node
+    node = _unfiltered(node)
     options = {} if node.spec is None else node.spec.driver_options
     window = [(name, options.get(name)) for name in sorted(node.driver.changeable)]
     return node, window, [(edge.name, _content(edge.node)) for edge in node.children]

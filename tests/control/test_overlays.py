@@ -14,6 +14,7 @@ from tests.support.daemon_process import make_disk
 from tests.support.images import FORMATS, add_overlay, create, make_image, options
 from tests.support.live import blocks, run
 from tests.support.nbd_client import NbdClient, connected
+from tests.support.qcow2 import check_qcow2
 from tests.support.storage_daemon import StorageDaemon
 
 MIB = 1 << 20
@@ -459,6 +460,85 @@ async def test_every_chain_of_three_gives_the_expected_bytes(
                 each.encode() * third if each in reached else bytes(third) for each in names
             ]
     assert 0 < refused < 60
+
+
+@pytest.mark.interop("qemu-img")
+async def test_a_guest_does_not_notice_what_is_put_behind_and_below_its_disk(
+    daemon: StorageDaemon, driver: str, rng: random.Random
+) -> None:
+    """T-R2, T-R4, T-R7, T-R10, T-R12, T-R13 under load: the guest has half of the disk."""
+    half = MIB // 2
+    for name, behind in (("mid", "base"), ("top", "mid")):
+        add_overlay(daemon, driver, name, MIB, behind)
+    daemon.ask("block-export-del", {"id": "live", "mode": "hard"})
+    daemon.event("BLOCK_EXPORT_DELETED")
+    daemon.ask("object-add", {"qom-type": "iothread", "id": "io"})
+    export = {"type": "nbd", "id": "top", "name": "top", "node-name": "top", "writable": True}
+    daemon.ask("block-export-add", {**export, "iothread": "io"})
+    path = str(daemon.folder / "nbd.sock")
+    chain: dict[str, str | None] = {"top": "mid", "mid": "base"}
+    files = {"top": "top-file", "mid": "mid-file"}
+    for name in files:
+        raw = {"driver": "raw", "node-name": f"{name}-raw", "file": f"{name}-file"}
+        daemon.ask("blockdev-add", raw)
+    model = bytearray(rng.randbytes(half))
+    requests = 0
+
+    async def load(one: NbdClient, stop: asyncio.Event) -> None:
+        nonlocal requests
+        while not stop.is_set():
+            offset = rng.randrange(half)
+            length = min(rng.randrange(1, 100_000), half - offset)
+            data = rng.randbytes(length)
+            await one.write(offset, data)
+            model[offset : offset + length] = data
+            assert await one.read(0, half) == model
+            requests += 1
+
+    def given(name: str) -> dict:
+        return {**options(driver, name, chain[name]), "file": files[name]}
+
+    async with connected(path, "top") as one, connected(path, "top") as other:
+        await one.write(0, bytes(model))
+        stop = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load(one, stop))
+            for turn in range(40):
+                before, files_before = dict(chain), dict(files)
+                if rng.random() < 0.5:
+                    chain[rng.choice(["top", "mid"])] = rng.choice([None, "base"])
+                elif rng.random() < 0.5:
+                    chain["top"] = "mid"
+                else:
+                    name = rng.choice(["top", "mid"])
+                    files[name] = f"{name}-{'raw' if files[name].endswith('file') else 'file'}"
+                wanted = [given("mid"), given("top")]
+                wrong = [wanted, [given("top"), {**given("mid"), "backing": "nope"}]][turn % 2]
+                if turn % 2:
+                    error = await asyncio.to_thread(
+                        daemon.error, "blockdev-reopen", {"options": wrong}
+                    )
+                    assert "nope" in error
+                    chain, files = before, files_before
+                else:
+                    await asyncio.to_thread(daemon.ask, "blockdev-reopen", {"options": wanted})
+                seen = chain["top"] == "base" or (chain["top"] == "mid" and chain["mid"] == "base")
+                expected = OLD[half:] if seen else bytes(half)
+                assert await other.read(half, half) == expected, chain
+            another = [{**given("top"), "file": "mid-file"}]
+            if chain["top"] == "mid":
+                chain["top"] = None
+                await asyncio.to_thread(daemon.ask, "blockdev-reopen", {"options": [given("top")]})
+            error = await asyncio.to_thread(daemon.error, "blockdev-reopen", {"options": another})
+            assert error == "Cannot change the option 'file': it is another image"
+            stop.set()
+        assert requests > 10
+        assert await one.read(0, half) == model
+        await one.flush()
+    daemon.ask("block-export-del", {"id": "top", "mode": "hard"})
+    daemon.event("BLOCK_EXPORT_DELETED")
+    daemon.ask("blockdev-del", {"node-name": "top"})
+    check_qcow2(daemon.folder / "top.qcow2")
 
 
 def _reached(chain: dict[str, str | None], name: str | None) -> list[str]:

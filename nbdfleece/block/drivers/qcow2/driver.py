@@ -101,7 +101,7 @@ class Qcow2Driver(Driver):
             *("l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval"),
         }
     )
-    repointable: ClassVar[frozenset[str]] = frozenset({"backing"})
+    repointable: ClassVar[frozenset[str]] = frozenset({"file", "backing"})
 
     def __init__(self, options: Qcow2Options) -> None:
         self._options = options
