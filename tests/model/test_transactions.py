@@ -24,6 +24,7 @@ from nbdfleece.block.drivers.raw import RawDriver
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.control.commands.transaction import ACTIONS
+from nbdfleece.control.objects import Objects
 from nbdfleece.control.transaction import Transaction
 from nbdfleece.jobs.job import JobEnded, JobNews
 from nbdfleece.jobs.manager import JobManager
@@ -104,7 +105,11 @@ class World:
         self.ended: list[JobEnded] = []
         self.jobs.news.subscribe(self.hear)
         self.context = SimpleNamespace(
-            graph=self.graph, jobs=self.jobs, transacting=asyncio.Lock(), fleece=None
+            graph=self.graph,
+            jobs=self.jobs,
+            transacting=asyncio.Lock(),
+            fleece=None,
+            objects=Objects(),
         )
         self.cleared = dict.fromkeys(DISKS, 0)  # number of writes before the bitmap was cleared
         self.results: dict[str, int] = {}
