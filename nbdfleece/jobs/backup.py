@@ -285,6 +285,9 @@ class Backup:
                 in the hands of the monitor.
         """
         self._settle_bitmap()
+        assert self._job is not None, "the work has its job"
+        if self._job.is_abandoned and self._node.is_drained and self._target.is_drained:
+            self._driver.forget_beginning()
         while not await self._take_filter_out():
             pass
         await self._graph.remove(self._node)

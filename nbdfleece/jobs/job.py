@@ -231,11 +231,14 @@ class Job:
         status: Where it is in its life.
         speed: Bytes per second; 0: no limit.
         is_cancelled: The user gave it up.
+        is_abandoned: It was never started.
         user_paused: The user, or an error under `stop`, paused it.
         error: Why it failed, or None.
         io_status: `ok`, `failed` or `nospace`: the error that stopped it.
         edges: Its edges to nodes.
     """
+
+    is_abandoned = False
 
     def __init__(
         self,
@@ -312,7 +315,7 @@ class Job:
 
     async def abandon(self) -> None:
         """Undo a job that was created and never started (a transaction was aborted)."""
-        self.is_cancelled = True
+        self.is_cancelled = self.is_abandoned = True
         await self._conclude(silent=True)
 
     async def _conclude(self, *, silent: bool = False) -> None:

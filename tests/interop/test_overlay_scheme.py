@@ -142,6 +142,16 @@ def test_fleecing_by_a_filter_into_an_overlay(
     finish(daemon, program, source)
 
 
+def test_a_transaction_that_is_aborted_leaves_the_overlay_as_it_was(
+    daemon: StorageDaemon, source: str
+) -> None:
+    add_temp(daemon)
+    backup = {"job-id": "fleece", "device": "disk", "target": "temp", "sync": "none"}
+    actions = [{"type": "blockdev-backup", "data": backup}, {"type": "abort", "data": {}}]
+    assert "borted" in daemon.error("transaction", {"actions": actions})
+    begin_job(daemon)
+
+
 def readonly(program: Program, uri: str, *commands: str) -> None:
     options = [part for command in commands for part in ("-c", command)]
     done = run(program("qemu-io"), "-r", "-f", "raw", *options, uri)

@@ -215,6 +215,15 @@ class CopyBeforeWrite(Driver):
             return perm, shared
         return perm | perms.CONSISTENT_READ, shared & ~(perms.WRITE | perms.RESIZE)
 
+    def forget_beginning(self) -> None:
+        """Learn that nobody has seen the point in time, nor can have: all has been drained since.
+
+        An overlay that is its target is as before, when the filter leaves now.
+        """
+        if self._overlay is not None:
+            self._overlay.release()
+            self._overlay = None
+
     # --- the guest's side --------------------------------------------------------------------
 
     def read_now(self, offset: int, view: memoryview) -> bool:
