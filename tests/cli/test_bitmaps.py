@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdfleece.formats.bitmap_file import HEADER_SIZE
 from tests.support.daemon_process import Daemon, make_disk
 from tests.support.live import qemu_io, run, serving
 
@@ -112,6 +113,30 @@ def test_an_increment_is_read_from_the_snapshot_by_real_programs(
     left = bitmaps(daemon, "vda")[0]
     assert (left["busy"], left["count"]) == (False, MiB + 2 * 64 * KiB)
     assert bitmaps(daemon, "vdb")[0]["count"] == 0
+
+
+def test_a_clear_and_a_merge_that_are_undone_leave_the_file_with_all_that_was_dirty(
+    daemon: Daemon, program: Program
+) -> None:
+    assert daemon.run("bitmap", "add", "vda", "nightly").code == 0
+    assert daemon.run("bitmap", "add", "vda", "other").code == 0
+    qemu_io(program, daemon.uri("vda"), "write 1M 1M")
+    assert daemon.run("bitmap", "clear", "vda", "other").code == 0
+    actions = [
+        {"type": "block-dirty-bitmap-clear", "data": {"node": "vda", "name": "nightly"}},
+        {
+            "type": "block-dirty-bitmap-merge",
+            "data": {"node": "vda", "target": "nightly", "bitmaps": ["other"]},
+        },
+        {"type": "abort", "data": {}},
+    ]
+
+    assert daemon.run("qmp", "transaction", json.dumps({"actions": actions})).code != 0
+
+    found = next(row for row in bitmaps(daemon, "vda") if row["bitmap"] == "nightly")
+    assert found["count"] == MiB
+    (file,) = daemon.state.glob("vda/bitmaps/nightly")
+    assert file.read_bytes()[HEADER_SIZE:].count(1) == MiB // (64 * KiB)
 
 
 def test_a_transaction_ties_bitmaps_to_its_instant_or_leaves_nothing(

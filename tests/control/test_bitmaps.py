@@ -275,3 +275,59 @@ def test_two_increments_that_end_together_or_not_at_all(
         assert bitmaps(daemon, node)["b"]["count"] == 0
         there = (folder / f"to-{node}").read_bytes()[MiB : MiB + 128 * KiB]
         assert there == (folder / disk).read_bytes()[MiB : MiB + 128 * KiB] == b"\t" * 128 * KiB
+
+
+@pytest.mark.interop("qemu-io", "qemu-img")
+def test_two_disks_are_backed_up_fully_and_then_by_increments(
+    daemon: StorageDaemon, program: Program
+) -> None:
+    """T-B26: bitmaps and full backups begin in one transaction; the increments are complete."""
+    folder = daemon.folder
+    make_disk(folder / "c.raw", SIZE)
+    names = [f"{kind}-{node}" for kind in ("full", "inc") for node in ("a", "c")]
+    for name in names:
+        (folder / name).write_bytes(bytes(SIZE))
+    for name in ("c", *names):
+        file = {"driver": "file", "filename": "c.raw" if name == "c" else name}
+        daemon.ask("blockdev-add", {**file, "node-name": name})
+    daemon.ask("block-export-add", {"type": "nbd", "id": "c", "node-name": "c", "writable": True})
+    adds = [
+        {"type": "block-dirty-bitmap-add", "data": {"node": node, "name": "b"}}
+        for node in ("a", "c")
+    ]
+    fulls = [
+        {
+            "type": "blockdev-backup",
+            "data": {
+                "job-id": f"full-{node}",
+                "device": node,
+                "target": f"full-{node}",
+                "sync": "full",
+            },
+        }
+        for node in ("a", "c")
+    ]
+
+    daemon.ask("transaction", {"actions": [*adds, *fulls]})
+    for name in ("live", "c"):
+        qemu_io(program, daemon.uri(name), "write -P 5 2M 100k", "write -P 6 1 1")
+    for _ in range(2):
+        assert daemon.event("BLOCK_JOB_COMPLETED")["offset"] == SIZE
+    while daemon.ask("query-jobs"):
+        pass
+    for node in ("a", "c"):
+        assert bitmaps(daemon, node)["b"]["count"] == 3 * 64 * KiB
+        increment = {"device": node, "target": f"inc-{node}", "bitmap": "b"}
+        job = {"job-id": f"inc-{node}", "sync": "incremental"}
+        daemon.ask("blockdev-backup", {**increment, **job})
+    for _ in range(2):
+        found = daemon.event("BLOCK_JOB_COMPLETED")
+        assert "error" not in found
+        assert found["offset"] == 3 * 64 * KiB
+    for node, disk in (("a", "a.raw"), ("c", "c.raw")):
+        assert bitmaps(daemon, node)["b"]["count"] == 0
+        merged = bytearray((folder / f"full-{node}").read_bytes())
+        changed = (folder / f"inc-{node}").read_bytes()
+        for at in (0, 2 * MiB, 2 * MiB + 64 * KiB):
+            merged[at : at + 64 * KiB] = changed[at : at + 64 * KiB]
+        assert merged == (folder / disk).read_bytes()
