@@ -40,6 +40,7 @@ CLIENTS = {
     "nbd-server": "nbd-server",
     "nbdcopy": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
+    "nbdsh": "python3-libnbd",
     "nbd-client": "nbd-client",
     "fio": "fio",
     "bash": "bash",

@@ -36,6 +36,10 @@ T = TypeVar("T")
 
 _PIECE: Final = 256 * KiB  # read at a time: from the page cache that is done in the loop
 _BATCH_RUNS: Final = 64
+# The data of a batch begins so far behind its buffer, which may begin 16 bytes behind a page: to
+# there some processors copy from the page cache at a fifth of the speed (a MiB in 730 microseconds,
+# not 150).
+_LEAD: Final = 64
 
 
 class Run(NamedTuple):
@@ -235,7 +239,9 @@ class Copy(Generic[T]):
                 tasks.create_task(self._put_all(ahead), name=f"job {self._job.id}: writing")
                 async for batch in _batches(runs):
                     await self._room.acquire()
-                    buffer = self._buffers.pop() if self._buffers else bytearray(BACKUP_BATCH)
+                    buffer = (
+                        self._buffers.pop() if self._buffers else bytearray(_LEAD + BACKUP_BATCH)
+                    )
                     task = tasks.create_task(
                         self._read(batch, buffer), name=f"job {self._job.id}: reading"
                     )
@@ -247,7 +253,7 @@ class Copy(Generic[T]):
     async def _read(self, runs: list[Run], buffer: bytearray) -> list[T]:
         """Read the runs of a batch, and prepare them."""
         view = memoryview(buffer)
-        at = 0
+        at = _LEAD
         for run in runs:
             if not run.is_zero:
                 await self._read_run(run, view[at : at + run.length])
@@ -272,7 +278,7 @@ class Copy(Generic[T]):
     def _prepare(self, runs: list[Run], buffer: bytearray) -> list[T]:
         """Prepare the runs of a batch; in a thread."""
         items: list[T] = []
-        at = 0
+        at = _LEAD
         for run in runs:
             if run.is_zero:
                 items += self._sink.zeroes(run.offset, run.length)
