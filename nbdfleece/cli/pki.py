@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbdfleece.base.needs import check_cryptography
 from nbdfleece.cli import output
 from nbdfleece.cli.exits import DONE
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def init(args: argparse.Namespace) -> int:
     """Make an authority and a server's certificate."""
+    check_cryptography()
     from nbdfleece.pki import authority, hosts, listing
 
     folder = Path(args.folder)
@@ -38,6 +40,7 @@ def init(args: argparse.Namespace) -> int:
 
 def add_client(args: argparse.Namespace) -> int:
     """Make a client's folder, and print where it is."""
+    check_cryptography()
     from nbdfleece.pki import authority
 
     made = authority.add_client(Path(args.folder), args.name, args.org)
@@ -48,6 +51,7 @@ def add_client(args: argparse.Namespace) -> int:
 
 def revoke(args: argparse.Namespace) -> int:
     """Revoke a client's certificates."""
+    check_cryptography()
     from nbdfleece.pki import authority
 
     folder = Path(args.folder)
@@ -61,6 +65,7 @@ def revoke(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """Show what is in a folder, and when it expires."""
+    check_cryptography()
     from nbdfleece.pki import listing
 
     found = listing.show(Path(args.folder))

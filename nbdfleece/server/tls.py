@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import ConfigError
 from nbdfleece.base.limits import MAX_PSK_FILE
+from nbdfleece.base.needs import check_cryptography
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -178,6 +179,7 @@ def _load_x509(folder: Path, *, verify_peer: bool) -> _Loaded:
     for name in names:
         if not (folder / name).exists():
             raise ConfigError(f"TLS credentials: '{folder / name}': No such file or directory")
+    check_cryptography()
     context = _new_context()
     certificate, key = folder / SERVER_CERT, folder / SERVER_KEY
     expiries = [_expiry_of_certificate(certificate)]
