@@ -14,7 +14,16 @@ from nbdfleece.cli.arguments import build_parser
 from nbdfleece.cli.config import _KEYS
 from tests.conftest import require_program
 from tests.support.daemon_process import ROOT
-from tests.support.documents import DOCUMENTS, Shell, blocks, matches, program_lines, run_document
+from tests.support.documents import (
+    DOCUMENTS,
+    Shell,
+    blocks,
+    blocks_run_by,
+    matches,
+    program_lines,
+    run_document,
+    unmarked_commands,
+)
 
 # Programs that a document runs, beside the shell's own.
 PROGRAMS = {
@@ -25,13 +34,17 @@ PROGRAMS = {
     "tour.md": ("qemu-io", "nbdcopy"),
     "troubleshooting.md": ("qemu-img", "qemu-io", "nbdinfo"),
 }
-ELSEWHERE = {"backup.md"}  # tests/test_backup_document.py runs it; docs/guides/, its own tests
+# What these have to say to a test is more than their commands: each has a test of its own.
+ELSEWHERE = {
+    "backup.md": "tests/test_backup_document.py",
+    "virtual-machines.md": "tests/interop/test_virtual_machines_guide.py",
+}
 RUN = [
     path
     for path in DOCUMENTS
     if path.name not in ELSEWHERE and any(block.is_run for block in blocks(path))
 ]
-LANGUAGES = {"sh", "console", "toml", "yaml", "ini", "json", "python", "text", ""}
+LANGUAGES = {"sh", "console", "toml", "yaml", "ini", "json", "python", "text", "xml", ""}
 
 
 @pytest.mark.slow
@@ -43,6 +56,41 @@ def test_what_it_tells_people_to_type_does_what_it_says(path: Path, short_tmp: P
         require_program(name)
     with Shell(short_tmp) as shell:
         run_document(path, shell)
+
+
+def test_the_commands_of_qmp_md_do_what_they_say(short_tmp: Path) -> None:
+    (commands,) = blocks_run_by("tests/test_documents.py", ROOT / "docs" / "qmp.md")
+    with Shell(short_tmp) as shell:
+        begin = (
+            "truncate -s 1M vda.raw; export NBDFLEECE_CONTROL=$PWD/control; "
+            "nbdfleece serve --listen unix:$PWD/nbd --state-dir state vda.raw >log 2>&1 & "
+            "until nbdfleece health --quiet 2>/dev/null; do sleep 0.1; done"
+        )
+        assert shell.run(begin) == (0, "")
+        for command in commands:
+            code, printed = shell.run(command)
+            assert code == 0, f"{command}{printed}"
+        assert "vda" in shell.run("nbdfleece snapshot list")[1]
+        shell.run("kill %1; wait %1")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_is_run_or_marked(path: Path) -> None:
+    text = path.read_text()
+    fences = [line for line in text.splitlines() if line.startswith("```") and line != "```"]
+    languages = [block.language for block in blocks(path) if block.language]
+    assert len(fences) == len(languages), "a block's first line is not understood"
+    for block in blocks(path):
+        assert block.language == "console" or not block.text.startswith("$ ")
+        if block.run_by:
+            assert path.name in (ROOT / block.run_by.partition(",")[0]).read_text()
+    if path.name != "commands.md":  # made from the parser: it has only forms of commands
+        assert unmarked_commands(path) == []
+
+
+def test_documents_with_a_test_of_their_own_are_named_there() -> None:
+    for name, test in ELSEWHERE.items():
+        assert name in (ROOT / test).read_text()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 @pytest.mark.deadline(120)
 def test_the_quickstart_proves_its_claim(tmp_path: Path) -> None:
+    """README.md begins with it."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / "quickstart.py"],
         cwd=tmp_path,

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import guest_load, virtual_machine
-from tests.support.console_blocks import console_blocks
 from tests.support.daemon_process import ROOT, Daemon, nbdfleece
+from tests.support.documents import blocks_run_by
 from tests.support.live import MiB, blocks, eventually, run, serving
 from tests.support.virtual_machine import Initramfs, VirtualMachine
 
@@ -318,14 +318,14 @@ def test_what_virtual_machines_md_says_of_the_kernels_client(
     guest: VirtualMachine, short_tmp: Path
 ) -> None:
     """It has a mounted disk first, then its snapshot, then qemu-nbd."""
-    blocks = console_blocks(ROOT / "docs" / "guides" / "virtual-machines.md")
+    guide = ROOT / "docs" / "guides" / "virtual-machines.md"
     disk = sparse(short_tmp / "vda.raw", SIZE)
     guest.run("mkdir -p /media && echo 10.0.2.2 storage.example.org >>/etc/hosts")
     with serving_here(short_tmp, guest, disk) as here:
         port = here.words("{plain}", "", "")
         ran = 0
-        for block in (block for block in blocks if "test_kernel_client.py" in block.mark):
-            for command in block.commands:
+        for commands in blocks_run_by("test_kernel_client.py", guide):
+            for command in commands:
                 guest.run(command.replace("10809", port))
             ran += 1
             if ran == 1:

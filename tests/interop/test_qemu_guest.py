@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import guest_load, virtual_machine
-from tests.support.console_blocks import console_blocks
 from tests.support.daemon_process import ROOT, Daemon, environment
+from tests.support.documents import blocks_run_by
 from tests.support.live import MiB, run
 from tests.support.virtual_machine import Initramfs, VirtualMachine
 
@@ -202,11 +202,11 @@ def test_a_snapshot_of_two_disks_is_one_instant_of_both(
 def test_the_hooks_that_virtual_machines_md_shows(
     place: Place, tmp_path: Path, program: Program
 ) -> None:
-    blocks = console_blocks(ROOT / "docs" / "guides" / "virtual-machines.md")
-    (block,) = [block for block in blocks if "test_qemu_guest.py" in block.mark]
+    guide = ROOT / "docs" / "guides" / "virtual-machines.md"
+    (commands,) = blocks_run_by("test_qemu_guest.py", guide)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environ = environment(NBDFLEECE_CONTROL=str(place.daemon.control), PATH=path)
-    for command in block.commands:
+    for command in commands:
         here = command.replace("qga.sock", str(place.agent))
         subprocess.run(["bash", "-c", here], cwd=ROOT, env=environ, check=True)
     assert not guest_load.needs_replay(place.copy(program, "vda@tuesday", tmp_path / "vda"))

@@ -9,15 +9,13 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
-from tests.support.console_blocks import console_blocks
-from tests.support.daemon_process import ROOT, environment
+from tests.support.daemon_process import ROOT
+from tests.support.documents import Shell, run_document
 
 GUIDE = ROOT / "docs" / "guides" / "virtual-machines.md"
 
@@ -27,36 +25,12 @@ GUIDE = ROOT / "docs" / "guides" / "virtual-machines.md"
 @pytest.mark.interop("qemu-system-x86_64", "qemu-img", "nbdcopy")
 def test_its_commands_run_one_after_another(short_tmp: Path) -> None:
     """The machine there has an empty disk: it ends in the boot menu, which is enough here."""
-    blocks = [block for block in console_blocks(GUIDE) if not block.mark]
-    commands = [command for block in blocks for command in block.commands]
-    # Whatever was started in the background ends with the shell; the machine has its own process.
-    script = "\n".join(["set -eu", "trap 'kill $(jobs -p)' EXIT", *commands])
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-    try:
-        done = subprocess.run(
-            ["bash", "-c", script],
-            cwd=short_tmp,
-            env=environment(PATH=path),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=150,
-            check=False,
-        )
-    finally:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            os.kill(int((short_tmp / "vm.pid").read_text()), signal.SIGKILL)
-    assert done.returncode == 0, done.stdout + done.stderr
-    printed = done.stdout.splitlines()
-    for block in blocks:
-        assert set(block.expected) <= set(printed), done.stdout + done.stderr
-
-
-def test_what_it_does_not_run_itself_another_test_runs() -> None:
-    for mark in {block.mark for block in console_blocks(GUIDE)} - {""}:
-        found = re.match(r"run by: (\S+\.py)", mark)
-        assert found is not None, mark
-        assert "virtual-machines.md" in (ROOT / found[1]).read_text()
+    with Shell(short_tmp) as shell:
+        try:
+            run_document(GUIDE, shell)
+        finally:  # whatever the shell started ends with it; the machine has its own process
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                os.kill(int((shell.folder / "vm.pid").read_text()), signal.SIGKILL)
 
 
 def test_its_xml_is_disks_that_reconnect() -> None:

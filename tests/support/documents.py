@@ -1,11 +1,13 @@
 """What README.md and docs/ tell people to type: found in the text, run, and compared.
 
-A block of ```console holds commands behind `$ `, continued behind `> `, and what they print; a line
-`...` stands for any lines, and `...` within a line for anything. A block of ```sh is run as it is,
-and has to succeed. All blocks of a document are run in order, in one shell and one empty folder.
+A block of ```console holds commands behind `$ `, continued behind `> ` or after a backslash, and
+what they print; a line `...` stands for any lines, and `...` within a line for anything. A block of
+```sh is run as it is, and has to succeed. All blocks of a document are run in order, in one shell
+and one empty folder.
 
-What a machine for tests has not is marked in the block's first line, and not run:
-```console needs="a service manager". Its lines that call nbdfleece are parsed all the same.
+Two marks in a block's first line take it out of that: ```console needs="a service manager" for what
+a machine for tests has not, and ```console run-by="tests/TEST.py, WHERE" for what a test of that
+file runs in another place. Their lines that call nbdfleece are parsed all the same.
 """
 
 from __future__ import annotations
@@ -22,22 +24,38 @@ from pathlib import Path
 
 from tests.support.daemon_process import ROOT, environment
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_FENCE = re.compile(r'^```([a-z]*)(?: needs="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_FENCE = re.compile(
+    r'^```([a-z]*)(?: needs="([^"]+)")?(?: run-by="([^"]+)")?\n(.*?)^```$',
+    re.DOTALL | re.MULTILINE,
+)
+# A line that looks as if it were to be typed, in an indented block; a synopsis says [OPTION].
+_TYPED = re.compile(
+    r"^ {4}(?:[$] |(?:nbdfleece|python3?|qemu-|nbd|apt)(?!.*\[OPTION))", re.MULTILINE
+)
 _END = "=== end of command"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, what it needs that is not there, its text."""
+    """A fenced block.
+
+    Attributes:
+        language: As it is marked; empty: not at all.
+        needs: What it needs that a machine for tests has not; empty: nothing.
+        run_by: The file of the test that runs it, and where; empty: the document's own.
+        text: All between the fences.
+    """
 
     language: str
     needs: str
+    run_by: str
     text: str
 
     @property
     def is_run(self) -> bool:
-        return self.language in ("sh", "console") and not self.needs
+        """Tell whether it is run with the rest of its document."""
+        return self.language in ("sh", "console") and not self.needs and not self.run_by
 
     def steps(self) -> Iterator[tuple[str, str]]:
         """Commands, each with what it is said to print."""
@@ -49,6 +67,8 @@ class Block:
                 command, output = line[2:], ""
             elif line.startswith("> ") and not output:
                 command += line[2:]
+            elif command.endswith("\\\n") and not output:
+                command += line
             else:
                 output += line
         if command:
@@ -58,6 +78,20 @@ class Block:
 def blocks(path: Path) -> list[Block]:
     """All fenced blocks of a document."""
     return [Block(*found) for found in _FENCE.findall(path.read_text())]
+
+
+def unmarked_commands(path: Path) -> list[str]:
+    """Commands that stand in no block, so that nothing runs them and nothing says why."""
+    return [found[0] for found in _TYPED.finditer(_FENCE.sub("", path.read_text()))]
+
+
+def blocks_run_by(test: str, path: Path) -> list[list[str]]:
+    """The commands of each block of a document that is left to this test."""
+    return [
+        [command.rstrip("\n") for command, _ in block.steps()]
+        for block in blocks(path)
+        if test in block.run_by
+    ]
 
 
 def program_lines(block: Block) -> Iterator[list[str]]:
@@ -99,13 +133,18 @@ def own_network() -> list[str]:
 
 
 class Shell:
-    """A bash in an empty folder, where `nbdfleece` is a program. Ends with all it has started."""
+    """A bash in an empty folder, where `nbdfleece` is a program. Ends with all it has started.
+
+    Attributes:
+        folder: Where it begins.
+    """
 
     def __init__(self, folder: Path) -> None:
         programs = folder / "bin"
         here = folder / "here"
         programs.mkdir()
         here.mkdir()
+        self.folder = here
         script = programs / "nbdfleece"
         script.write_text(f'#!/bin/sh\nexec {sys.executable} -m nbdfleece "$@"\n')
         script.chmod(0o755)

@@ -45,9 +45,11 @@ The control socket of the daemon speaks QMP, QEMU's protocol: JSON objects, in r
 be `qmp_capabilities`. Events come in between, with the time at which they happened. Up to 64
 programs may be connected; one that does not read loses its oldest events and delays nobody.
 
-    nbdfleece qmp query-version
-    nbdfleece qmp fleece-snapshot-create '{"disks": ["vda"]}'
-    nbdfleece qmp
+```console run-by="tests/test_documents.py, with a daemon"
+$ nbdfleece qmp query-version
+$ nbdfleece qmp fleece-snapshot-create '{"disks": ["vda"]}'
+$ nbdfleece qmp
+```
 
 runs one command, another one, and a prompt with completion, where events are shown as they come.
 `query-qmp-schema` describes all that is below for programs, in QEMU's format.
