@@ -6,6 +6,7 @@ One connection, one request at a time; events that come in between are dropped.
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Self
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _READ: Final = 64 * 1024
 _GREETING_TIMEOUT_S: Final = 10.0
+_NOBODY: Final = frozenset({errno.ENOENT, errno.ECONNREFUSED})
 
 
 class NoDaemon(NbdfleeceError):
@@ -103,7 +105,10 @@ class Client:
             self._sock.settimeout(None)
         except OSError as error:
             self._sock.close()
-            raise self.gone(error.strerror or str(error)) from error
+            why = error.strerror or str(error)
+            if error.errno in _NOBODY:
+                why += " (it does not run, or --control or NBDFLEECE_CONTROL must name its socket)"
+            raise self.gone(why) from error
         except NoDaemon:
             self._sock.close()
             raise

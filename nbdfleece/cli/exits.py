@@ -46,5 +46,5 @@ def code_of(error: NbdfleeceError) -> int:
 
 def complain(what: str, why: str) -> None:
     """Say on stderr what was attempted and why it failed, in one line."""
-    line = " ".join(f"nbdfleece: {what}: {why}".splitlines())
+    line = ": ".join(f"nbdfleece: {what}: {why}".splitlines())
     print(line, file=sys.stderr)

@@ -62,6 +62,9 @@ _COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
 }
 
 
+_ALONE: Final = frozenset({"-h", "--help", "--version"})  # without a command
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -73,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if what == storage_daemon.NAME:
             return storage_daemon.run(words[1:])
+        _check_first(what)
         args = build_parser(__version__).parse_args(words)
         what = args.command
         return _COMMANDS[what](args)
@@ -88,6 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return 130
+
+
+def _check_first(word: str) -> None:
+    """Refuse an option of a command before it, whose value argparse would take for the command."""
+    if word.startswith("-") and word not in _ALONE:
+        raise UsageError("nbdfleece", f"the command comes first: nbdfleece COMMAND {word}")
 
 
 def _without_program(command: str) -> str:

@@ -59,6 +59,11 @@ def test_wrong_usage(command: list[str]) -> None:
             ["disk", "zz"],
             "disk: there is no 'zz'; there are add, remove, list (see nbdfleece disk --help)",
         ),
+        (
+            ["--control", "a", "status"],
+            "command line: the command comes first: nbdfleece COMMAND --control"
+            " (see nbdfleece --help)",
+        ),
         (["map"], "map: missing: DISK|DISK@NAME (see nbdfleece map --help)"),
     ],
     ids=" ".join,
@@ -74,7 +79,8 @@ def test_without_a_daemon(short_tmp: Path, command: str) -> None:
     assert (done.code, done.out) == (3, "")
     assert done.err == (
         f"nbdfleece: {command}: no daemon at '{short_tmp}/control.sock': "
-        "No such file or directory\n"
+        "No such file or directory"
+        " (it does not run, or --control or NBDFLEECE_CONTROL must name its socket)\n"
     )
 
 

@@ -115,7 +115,7 @@ def test_two_daemons_on_one_disk(short_tmp: Path, disk: Path) -> None:
         daemon.ready()
         code, said = refused(second, f"vda={disk}")
         assert code in (1, 4)
-        assert "lock" in said
+        assert '" lock: Is another process using the image' in said
 
 
 def test_after_a_kill_the_leftovers_are_removed(short_tmp: Path, disk: Path) -> None:
