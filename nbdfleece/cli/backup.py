@@ -120,11 +120,16 @@ def _look(client: Client, run: Row) -> Row:
 
 
 def _cancel(client: Client, run: Row) -> None:
-    """Give a backup up, and wait for that."""
-    with contextlib.suppress(CommandFailed):  # it may have ended by itself
-        client.execute("job-cancel", {"id": run.text("job-id")})
-    while _look(client, run).text("state") == "running":
-        time.sleep(_POLL_S)
+    """Give a backup up, and wait for that.
+
+    On a connection of its own: the other may have been interrupted between a command and its
+    answer.
+    """
+    with client.another() as fresh:
+        with contextlib.suppress(CommandFailed):  # it may have ended by itself
+            fresh.execute("job-cancel", {"id": run.text("job-id")})
+        while _look(fresh, run).text("state") == "running":
+            time.sleep(_POLL_S)
 
 
 def _report(args: argparse.Namespace, run: Row) -> int:

@@ -162,6 +162,14 @@ class Client:
         except OSError as lost:
             raise self.gone(lost.strerror or str(lost)) from lost
 
+    def another(self) -> Client:
+        """Return one more connection to the same socket.
+
+        Raises:
+            NoDaemon: Nobody answers there any more.
+        """
+        return Client(self._path)
+
     def hang_up(self) -> None:
         """End the connection; who waits in `receive` is told so. Idempotent."""
         with contextlib.suppress(OSError):

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdfleece.cli.client import Client
+from nbdfleece.cli.backup import _cancel
+from nbdfleece.cli.client import Client, Row
 from tests.support.daemon_process import Daemon, environment, make_disk, nbdfleece
 from tests.support.live import client
 
@@ -257,6 +258,19 @@ def test_an_interrupted_backup_is_given_up(daemon: Daemon, to: Path, number: int
     assert files(to, "vda") == []
     assert daemon.run("snapshot", "list").out == ""
     assert daemon.run("backup", "create", "vda", "--to", to).code == 0
+
+
+def test_a_command_interrupted_before_its_answer_gives_its_backup_up(
+    daemon: Daemon, to: Path
+) -> None:
+    with Client(str(daemon.control)) as interrupted:
+        slow = {"job-id": "slow", "disks": ["vda"], "dir": str(to), "speed": 65536}
+        run = Row(interrupted.execute("fleece-backup", slow))
+        interrupted.send({"execute": "query-fleece-backups"})  # and nobody takes the answer
+        _cancel(interrupted, run)
+    with Client(str(daemon.control)) as after:
+        (ended,) = after.query("query-fleece-backups")
+        assert ended.text("state") == "cancelled"
 
 
 # --- hooks ---------------------------------------------------------------------------------------
