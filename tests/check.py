@@ -66,7 +66,7 @@ KERNEL = ROOT / ".kernel"
 
 
 # Folders whose files take so long that each is a group of its own, the slowest folder first.
-ONE_BY_ONE = ("containers", "interop", "fuzz", "model", "fault", "backup", "cli")
+ONE_BY_ONE = ("containers", "interop", "fuzz", "block", "model", "fault", "backup", "cli")
 MOST_AT_ONCE = 4  # groups of tests; more would be a load of its own, and tests have deadlines
 NO_TESTS = 5  # pytest's exit code
 
