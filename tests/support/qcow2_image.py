@@ -176,7 +176,8 @@ class Image:
             self._refer(start & ~511, length + (start & 511), what, aligned=False)
             return
         offset = value & OFFSET
-        if value & ~(OFFSET | COPIED | (0 if self.extended else 1)):
+        # With subclusters bit 0 is reserved, and qemu-img does not mind.
+        if value & ~(OFFSET | COPIED | 1):
             self._bad(f"{what} has reserved bits: {value:#x}")
         if self.extended and bitmap & bitmap >> 32 & 0xFFFF_FFFF:
             self._bad(f"{what} has subclusters that are both allocated and zero: {bitmap:#x}")
