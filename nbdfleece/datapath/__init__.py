@@ -28,12 +28,13 @@ Buffered writes may block (a frozen file system, a throttled device), so they go
 hop there and one back, some 60 of its 75 microseconds at depth 1. The coroutine is stepped by
 hand (`step`); what it awaits is an `Op` (`workers`), which resumes it in the very callback that
 learns of the result. At depth 16 the requests of one wake-up are handed over together at the end
-of the turn and come back together, about 20 microseconds each. The first write to a cluster under
-a snapshot is the same one hop: save old data, mark DONE, write new data.
+of the turn, or when the thread is free, and come back together, about 20 microseconds each. The
+first write to a cluster under a snapshot is the same one hop: save old data, mark DONE, write new
+data.
 
-A WRITE that is alone is answered by the thread that made it, on a unix socket without TLS: the
-client does not wait for the way back, which is a sixth of the time. Bitmaps have been marked by
-then; where something is counted behind the write, the event loop replies as ever.
+On a unix socket without TLS, WRITEs are answered by the thread that made them, those of a batch in
+one call: the client does not wait for the way back, a sixth of the time at depth 1. Bitmaps have
+been marked by then; where something is counted behind the write, the event loop replies as ever.
 
 Over TLS
 --------

@@ -127,18 +127,16 @@ class FileIo:
     ) -> None:
         """Write all of `data`; with `fua`, to stable storage.
 
-        `reply`, if given, has been called when a short write without `fua` returns.
+        `reply`, if given, may have been sent when a write without `fua` returns.
         """
         fd = self.fd
         try:
             if fua:
                 await self._writes.submit(lambda: _write_all(fd, offset, data, os.RWF_DSYNC))
             elif len(data) > _SMALL_WRITE:
-                await self._writes.submit(lambda: _write_all(fd, offset, data, 0))
-            elif reply is None:
-                await self._serial.submit(lambda: _write_all(fd, offset, data, 0))
+                await self._writes.submit(lambda: _write_all(fd, offset, data, 0), reply)
             else:
-                await self._serial.submit(lambda: _write_then(fd, offset, data, reply))
+                await self._serial.submit(lambda: _write_all(fd, offset, data, 0), reply)
         except OSError as error:
             raise self._error(error, "write", offset, len(data)) from error
 
@@ -159,7 +157,7 @@ class FileIo:
             states: What to set.
             offset: Where `data` goes.
             data: The new data.
-            reply: Has been called when this returns; None: nothing is.
+            reply: May have been sent when this returns; None: nothing is.
 
         Raises:
             SaveError: A copy failed; the states of what was not copied are unchanged.
@@ -172,7 +170,7 @@ class FileIo:
         fd, target_fd = self.fd, target.fd
         try:
             await lane.submit(
-                lambda: _save_then_write(fd, target_fd, saves, states, offset, data, reply)
+                lambda: _save_then_write(fd, target_fd, saves, states, offset, data), reply
             )
         except OSError as error:
             raise self._error(error, "write", offset, len(data)) from error
@@ -280,11 +278,6 @@ def _write_all(fd: int, offset: int, data: bytes | bytearray | memoryview, flags
         count = os.pwritev(fd, (data,), offset, flags)
 
 
-def _write_then(fd: int, offset: int, data: memoryview, reply: EarlyReply) -> None:
-    _write_all(fd, offset, data, 0)
-    reply()
-
-
 def _save_then_write(
     fd: int,
     target_fd: int,
@@ -292,7 +285,6 @@ def _save_then_write(
     states: SaveStates,
     offset: int,
     data: memoryview,
-    reply: EarlyReply | None,
 ) -> None:
     try:
         for at, old, page, first, last in saves:
@@ -305,8 +297,6 @@ def _save_then_write(
     except OSError as error:
         raise SaveError(error) from error
     _write_all(fd, offset, data, 0)
-    if reply is not None:
-        reply()
 
 
 def _save(

@@ -8,7 +8,8 @@ Invariants
   L1  Looking ends after POLL_MAX_S at the latest, and is given up at once where the last wait was
       longer than that: an idle daemon does not spin.
   L2  Timers are not late by it: a wait that is shorter than a moment is not stretched.
-  L3  While calls are in worker threads, most of the looking is outside the interpreter lock.
+  L3  While a call is in a worker thread, most of the looking is outside the interpreter lock; while
+      there are several, there is no looking.
 
 # FAST: saves a wake-up of the processor per request at depth 1, about 40 of 75 microseconds for a
 # cached read; plain form in tests/reference/poller.py
@@ -16,8 +17,9 @@ Invariants
 # FAST: a worker that wakes needs the interpreter lock, and finds it taken by a loop that does
 # nothing but look: let go for the microsecond of epoll_wait, it is taken again before the worker
 # has woken for it. A loop that computes a checksum between two looks leaves it free for 4
-# microseconds at a time: 4 KiB writes at depth 1 go from 10,600 to 15,500 a second; plain form in
-# tests/reference/poller.py
+# microseconds at a time: 4 KiB writes at depth 1 go from 10,600 to 15,500 a second. Where there are
+# more calls, results come in numbers and haste gains nothing: the loop sleeps at once, which saves
+# a fifth of the processor time of writes at depth 4; plain form in tests/reference/poller.py
 
 Follows: QEMU util/aio-posix.c (poll-max-ns, grow and shrink).
 """
@@ -62,13 +64,15 @@ class PollingSelector(selectors.EpollSelector):
         """Return what is ready; see selectors.BaseSelector.select."""
         if timeout is not None and timeout <= 0:
             return super().select(0)
+        # None is handed out before we return: the number does not fall meanwhile.
+        in_threads = self.completions.outstanding if self.completions is not None else 0
+        if in_threads > 1:
+            return super().select(timeout)
         began = perf_counter()
         moment = self._moment
         if moment and (timeout is None or timeout > moment):
             until = began + moment
             look = super().select
-            # None is handed out before we return: the number does not fall meanwhile.
-            in_threads = self.completions is not None and self.completions.outstanding > 0
             while True:
                 ready = look(0)
                 if ready:

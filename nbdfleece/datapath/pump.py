@@ -18,8 +18,8 @@ Invariants
       chunk follows what was sent.
   P6  A drain waits for disks and never for the client: a long READ is sent in pieces, and between
       two pieces it is not in flight.
-  P7  A WRITE that is alone may be answered by the thread that made it (Outbox.send_from_thread);
-      it is in flight until the event loop has seen its end.
+  P7  A WRITE may be answered by the thread that made it (Outbox.send_from_thread); it is in flight
+      until the event loop has seen its end.
   P8  Once retired, nothing of the export is touched again but by requests in flight.
 
 Over TLS the same holds; what TLS has received and decrypts later is looked for in turns of the
@@ -175,7 +175,6 @@ class Pump:
         self._flush_planned = self._turn_planned = self._look_planned = False
         self._hungry = False  # nothing more can be begun with the bytes we have
         self._retired = self._finishing = self._gone = False  # _finishing: close when replied to
-        self._early: Early | None = None  # of the last WRITE that began alone
         self._reason: str | None = None
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._idle = IdleWatch(self._loop, limits.idle_s, self._progress, self.abort)
@@ -570,17 +569,11 @@ class Pump:
         fua = bool(flags & NBD_CMD_FLAG_FUA)
         route = self.route
         write_replying = route.write_replying
-        if write_replying and not fua and self._replies_early and self._is_alone():
-            early = self._early = Early(self._out, self._replies.success(request))
-            self._begin(request, write_replying(offset, data, early.send), length, early)
+        if write_replying and not fua and self._replies_early:
+            early = Early(self._out, self._replies.success(request))
+            self._begin(request, write_replying(offset, data, early), length, early)
         else:
             self._begin(request, route.io.write(offset, data, fua=fua), length)
-
-    def _is_alone(self) -> bool:
-        """Tell whether the client waits for no other reply: more at once are sent together."""
-        if self.in_flight == 0:
-            return True
-        return self.in_flight == 1 and self._early is not None and self._early.sent
 
     def _nobody_waits(self) -> bool:
         """Tell whether requests in flight may take their time."""

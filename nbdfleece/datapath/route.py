@@ -6,21 +6,32 @@ exports. It is replaced only while the export is drained: a running request neve
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Protocol
 
 from nbdfleece.base.extent import Extent
 
-EarlyReply = Callable[[], None]
-"""Answers a WRITE, from a worker thread: called at most once, when the data is written and nothing
-is left to be done but what no client can see. Never raises."""
+
+class EarlyReply(Protocol):
+    """Answers a WRITE, from a worker thread.
+
+    Sent at most once, when the data is written and nothing is left to be done but what no client
+    can see.
+    """
+
+    def send_with(self, others: Sequence[EarlyReply], /) -> list[EarlyReply]:
+        """Send it, and those of `others` with it that go the same way; return the rest of them.
+
+        Never raises.
+        """
+
 
 StatusFunction = Callable[[int, int], Awaitable[list[Extent]]]
 """(offset, length) -> extents from offset on, at least one; `flags` are those of the context."""
 
 
 WriteReplying = Callable[[int, memoryview, EarlyReply | None], Coroutine[object, None, None]]
-"""(offset, data, reply): writes; may have called `reply` when it returns without an error."""
+"""(offset, data, reply): writes; may have sent `reply` when it returns without an error."""
 
 
 class IoVerbs(Protocol):

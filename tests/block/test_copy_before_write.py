@@ -19,6 +19,7 @@ from nbdfleece.block.bitmap import DirtyBitmap
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
+from tests.support.early import Told
 from tests.support.fleecing import (
     Fleecing,
     add_access,
@@ -626,7 +627,7 @@ async def test_the_one_hop_way_obeys_the_policy_when_the_temp_fails(
 
 
 async def write_replying(node: Node, offset: int, data: bytes, replied: list[str]) -> None:
-    await node.write_replying(offset, memoryview(data), lambda: replied.append("early"))
+    await node.write_replying(offset, memoryview(data), Told(lambda: replied.append("early")))
 
 
 async def test_a_first_write_is_replied_to_when_old_data_is_saved_and_new_data_written(
@@ -639,9 +640,11 @@ async def test_a_first_write_is_replied_to_when_old_data_is_saved_and_new_data_w
     def reply() -> None:
         seen.append(((tmp_path / "active").read_bytes()[:4096], temp.read_bytes()[:4096]))
 
-    await fleecing.cbw.write_replying(0, memoryview(b"b" * 4096), reply)
+    await fleecing.cbw.write_replying(0, memoryview(b"b" * 4096), Told(reply))
     assert seen == [(b"b" * 4096, b"a" * 4096)]
-    await fleecing.cbw.write_replying(0, memoryview(b"c" * 4096), reply)  # nothing left to save
+    await fleecing.cbw.write_replying(
+        0, memoryview(b"c" * 4096), Told(reply)
+    )  # nothing left to save
     assert seen[1] == (b"c" * 4096, b"a" * 4096)
     assert await read_all(fleecing.access) == disk
     await fleecing.close()
@@ -668,13 +671,13 @@ async def test_whoever_got_an_early_reply_finds_bitmaps_marked(tmp_path: Path) -
     fleecing.cbw.bitmaps["top"] = bitmap
     counts: list[int] = []
     await fleecing.cbw.write_replying(
-        0, memoryview(b"b" * 4096), lambda: counts.append(bitmap.count())
+        0, memoryview(b"b" * 4096), Told(lambda: counts.append(bitmap.count()))
     )
     assert counts == [4096]
     below = DirtyBitmap("below", size=MIB, granularity=4096, enabled=True)
     fleecing.active.bitmaps["below"] = below
     await fleecing.cbw.write_replying(
-        8192, memoryview(b"b" * 4096), lambda: counts.append(below.count())
+        8192, memoryview(b"b" * 4096), Told(lambda: counts.append(below.count()))
     )
     assert set(counts[1:]) <= {4096}
     assert below.count() == 4096

@@ -27,6 +27,7 @@ from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2.create import NewImage
 from tests.block.test_qcow2_driver import qcow2_node
 from tests.support.driver_kit import fails, file_node, random_change, read, remove_all
+from tests.support.early import Told
 from tests.support.fleecing import add_access, add_filter, read_all
 from tests.support.qcow2 import check_qcow2, make_qcow2
 
@@ -308,7 +309,7 @@ async def test_options_change_while_requests_run(
 async def write_replying(node: Node, offset: int, data: bytes) -> list[str]:
     """Write, and return whether that was answered early."""
     replied: list[str] = []
-    await node.write_replying(offset, memoryview(data), lambda: replied.append("early"))
+    await node.write_replying(offset, memoryview(data), Told(lambda: replied.append("early")))
     return replied
 
 

@@ -52,6 +52,29 @@ def test_a_long_wait_ends_the_looking_and_a_short_one_begins_it() -> None:
         os.close(fd)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_there_is_no_looking_while_several_calls_are_in_threads(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    class Calls:
+        outstanding = count
+
+    asked: list[float | None] = []
+
+    def select(_self: object, timeout: float | None = None) -> list[object]:
+        asked.append(timeout)
+        return []
+
+    with poller.PollingSelector() as selector:
+        monkeypatch.setattr(selectors.EpollSelector, "select", select)
+        selector._moment = poller.POLL_MAX_S
+        selector.completions = Calls()  # type: ignore[assignment]
+        assert selector.select(5) == []
+        assert asked[-1] == 5
+        assert (len(asked) == 1) == (count > 1)
+        monkeypatch.undo()
+
+
 def test_the_loop_knows_of_calls_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     # Many short calls through a lane, under the loop that the daemon runs: all end, in order, and
     # the selector that looks for them is told how many there are.

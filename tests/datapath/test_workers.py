@@ -6,12 +6,13 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from nbdfleece.datapath import workers
+from nbdfleece.datapath.route import EarlyReply
 from nbdfleece.datapath.step import Step
 from tests.reference import workers as plain
 
@@ -194,6 +195,63 @@ async def test_calls_of_one_turn_are_handed_over_at_its_end() -> None:
     await op
 
     assert ran.is_set()
+    lane.close()
+
+
+class Replies:
+    """A reply that notes with how many others it was sent."""
+
+    def __init__(self, sent: list[int]) -> None:
+        self._sent = sent
+
+    def send_with(self, others: Sequence[EarlyReply]) -> list[EarlyReply]:
+        self._sent.append(1 + len(others))
+        return []
+
+
+async def test_calls_gather_while_the_one_thread_is_at_work() -> None:
+    lane = workers.Lane("gather", 1)
+    go = threading.Event()
+    sent: list[int] = []
+
+    first = lane.submit(lambda: go.wait(30), Replies(sent))
+    await asyncio.sleep(0)  # handed over
+    later = []
+    for _ in range(5):
+        later.append(lane.submit(lambda: None, Replies(sent)))
+        await asyncio.sleep(0)
+    go.set()
+    await first
+    for op in later:
+        await op
+
+    assert sent == [1, 5]
+    assert await lane.submit(lambda: "again") == "again"
+    lane.close()
+
+
+async def test_what_has_gathered_runs_when_the_lane_is_closed() -> None:
+    lane = workers.Lane("close", 1)
+    go = threading.Event()
+    ops = [lane.submit(lambda: go.wait(30))]
+    await asyncio.sleep(0)
+    ops.append(lane.submit(lambda: True))
+    lane.close()
+    go.set()
+
+    assert [await op for op in ops] == [True, True]
+
+
+async def test_a_call_that_fails_sends_no_reply(make_lane: Callable[[int], AnyLane]) -> None:
+    lane = make_lane(1)
+    sent: list[int] = []
+    ops = [lane.submit(call, Replies(sent)) for call in (int, lambda: int("no"), int)]
+
+    assert await ops[0] == 0
+    with pytest.raises(ValueError, match="no"):
+        await ops[1]
+    assert await ops[2] == 0
+    assert sum(sent) == 2
     lane.close()
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from nbdfleece.datapath.route import EarlyReply
+
 T = TypeVar("T")
 
 
@@ -16,9 +18,16 @@ class Lane:
     def __init__(self, name: str, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
-    def submit(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """Run `call` in a worker thread; await what this returns."""
-        return asyncio.get_running_loop().run_in_executor(self._pool, call)
+    def submit(self, call: Callable[[], T], reply: EarlyReply | None = None) -> asyncio.Future[T]:
+        """Run `call` in a worker thread, and send `reply` from there; await what this returns."""
+
+        def run() -> T:
+            result = call()
+            if reply is not None:
+                reply.send_with([])
+            return result
+
+        return asyncio.get_running_loop().run_in_executor(self._pool, run)
 
     def close(self) -> None:
         """Let the threads go when they have run what is queued."""
