@@ -119,6 +119,8 @@ class World:
         if self.kinds.count("inc") < GOOD * len(DISKS):
             with contextlib.suppress(NoDaemon):
                 await self.start(daemon, slow=True)
+        else:
+            await self.good(daemon)  # which removes what those before it have left unfinished
         await asyncio.sleep(self.rng.random() * 0.3)
         daemon.process.kill()
         await asyncio.to_thread(daemon.process.wait)
