@@ -25,6 +25,7 @@ from nbdfleece.block.reopen import reopen
 from nbdfleece.datapath.step import background
 from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2.create import NewImage
+from nbdfleece.formats.qcow2.writer import ImageWriter
 from tests.block.test_qcow2_driver import qcow2_node
 from tests.support.driver_kit import fails, file_node, random_change, read, remove_all
 from tests.support.early import Told
@@ -156,6 +157,32 @@ async def test_clusters_that_a_snapshot_shares_are_copied_before_they_change(
         source = ["-l", name, path] if name else [path]
         qemu_img(["convert", "-O", "raw", *source, tmp_path / "raw"])
         assert (tmp_path / "raw").read_bytes() == content, name
+
+
+async def test_l2_tables_that_one_disk_has_in_several_places_are_read_and_copied(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """An increment of a backup has such, where much was zeroed."""
+    size, span = 1 * MiB, 32 << 10
+    (tmp_path / "base").write_bytes(b"b" * size)
+    backing = await file_node(graph, tmp_path / "base", 0, read_only=True)
+    path = tmp_path / "x.qcow2"
+    writer = ImageWriter(size, cluster_bits=9, backing=("base", "raw"))
+    with path.open("wb") as file:
+        for offset, piece in (*writer.zeroes(0, size), *writer.finish()):
+            file.seek(offset)
+            file.write(piece)
+    node = await qcow2_node(graph, path, backing=backing)
+    assert await read_all(node) == bytes(size)
+    model = bytearray(size)
+    for number in (0, 3, 4):
+        await node.write(number * span + 100, memoryview(b"n" * 300), fua=False)
+        model[number * span + 100 : number * span + 400] = b"n" * 300
+    await node.discard(7 * span, span)
+    assert await read_all(node) == model
+    await graph.remove(node)
+    check_qcow2(path)
+    assert await read_all(await qcow2_node(graph, path, backing=backing)) == model
 
 
 async def test_a_compressed_image_is_read_and_overwritten(

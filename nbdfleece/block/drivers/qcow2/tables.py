@@ -4,6 +4,8 @@ Invariants
   T1  A table that differs from disk (`dirty`), or is being written (`busy`), stays in memory.
   T2  Tables change only in code without an await: from the look at an entry to its change.
   T3  A table is changed only if its L1 entry says COPIED; `writable` sees to that.
+  T4  Several L1 entries may share a table on disk (an increment of large zeroes has such), none of
+      which says COPIED then. In memory each has its own.
 """
 
 from __future__ import annotations
@@ -102,6 +104,7 @@ class L2Cache:
         self.l1_dirty: set[int] = set()
         self.loaded: dict[int, L2Table] = {}
         self.dirty: dict[int, L2Table] = {}
+        self._places: dict[int, int] = {}  # offsets of those in memory, and how many share each
         self._loading: dict[int, asyncio.Future[None]] = {}
         self.most = 0
         self.set_size(size)
@@ -155,10 +158,10 @@ class L2Cache:
                     empty_entries(count), offset, index, self.dirty
                 )
             else:
-                image.metadata.discard(table.offset >> image.header.cluster_bits)
+                self._leave(table.offset)
                 image.frees.add(table.offset, 1, OTHER)
                 table.offset = offset
-            image.metadata.add(cluster)
+            self._take(offset)
             table.mark_all()
             self.l1[index] = offset | COPIED
             self.l1_dirty.add(index)
@@ -178,7 +181,7 @@ class L2Cache:
             if offset:
                 data = await image.read_file(offset, image.header.cluster_size)
                 self.loaded[index] = L2Table(load_entries(data), offset, index, self.dirty)
-                image.metadata.add(offset >> image.header.cluster_bits)
+                self._take(offset)
         finally:
             del self._loading[index]
             loading.set_result(None)
@@ -199,9 +202,14 @@ class L2Cache:
             raise image.damaged(
                 ImageError(f"L2 table at {offset:#x} is behind the end of the file")
             )
-        if offset and offset >> bits in image.metadata:
+        if offset and offset >> bits in image.metadata and not self._is_shared(index, offset):
             raise image.damaged(ImageError(f"L2 table at {offset:#x} is something else"))
         return offset
+
+    def _is_shared(self, index: int, offset: int) -> bool:
+        """Tell whether an entry may share the table of entries whose tables are in memory (T4)."""
+        sharing = [at for at, table in self.loaded.items() if table.offset == offset]
+        return bool(sharing) and not any(self.l1[at] & COPIED for at in (index, *sharing))
 
     async def _make_room(self) -> None:
         while len(self.loaded) >= self.most:
@@ -220,8 +228,7 @@ class L2Cache:
             table.used = False
         if candidate < 0:
             return False
-        table = self.loaded.pop(candidate)
-        self._image.metadata.discard(table.offset >> self._image.header.cluster_bits)
+        self._leave(self.loaded.pop(candidate).offset)
         return True
 
     def forget_from(self, index: int) -> None:
@@ -229,7 +236,19 @@ class L2Cache:
         for gone in [at for at in self.loaded if at >= index]:
             table = self.loaded.pop(gone)
             self.dirty.pop(gone, None)
-            self._image.metadata.discard(table.offset >> self._image.header.cluster_bits)
+            self._leave(table.offset)
+
+    def _take(self, offset: int) -> None:
+        """Note that a table is in memory whose place this is: nothing else may be written there."""
+        self._places[offset] = self._places.get(offset, 0) + 1
+        self._image.metadata.add(offset >> self._image.header.cluster_bits)
+
+    def _leave(self, offset: int) -> None:
+        """Undo one `_take`."""
+        self._places[offset] -= 1
+        if not self._places[offset]:
+            del self._places[offset]
+            self._image.metadata.discard(offset >> self._image.header.cluster_bits)
 
     def dump_l1(self, piece: int) -> tuple[int, bytes]:
         """Return (offset, bytes) of a piece of the L1 table, to be written."""
