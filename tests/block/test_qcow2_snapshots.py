@@ -275,6 +275,25 @@ async def test_an_image_with_a_data_file_has_no_snapshots(
         await internal_snapshots.create(node, "one")
 
 
+async def test_a_snapshot_whose_l1_table_takes_more_than_one_refcount_block(
+    tmp_path: Path, program: Program, graph: Graph
+) -> None:
+    """Blocks that come with it must not stand in its way, for ever."""
+    path = tmp_path / "image"
+    options = "cluster_size=512,refcount_bits=64"
+    run(program("qemu-img"), "create", "-q", "-f", "qcow2", "-o", options, path, "1G")
+    node = await open_image(graph, path)
+    await write(node, 1000 * MiB, b"x" * 512)
+    await internal_snapshots.create(node, "one")
+    await write(node, 1000 * MiB, b"y" * 512)
+    await graph.resize(node, 2048 * MiB)
+    view = bytearray(512)
+    await (await access(graph, "one")).read(1000 * MiB, memoryview(view))
+    assert view == b"x" * 512
+    await remove_all(graph)
+    check(program, path)
+
+
 @pytest.mark.parametrize("refuse", ["read-only", "raw"])
 async def test_nodes_without_snapshots_say_so(
     tmp_path: Path, program: Program, graph: Graph, refuse: str

@@ -176,28 +176,43 @@ class RefcountCache:
     async def allocate_whole(self, count: int) -> int:
         """Take so many clusters in a row, and return the first. Only while the node is drained."""
         found = await self._find_room(count)
-        self._check_free(found, count)
         for cluster in range(found, found + count):
             await self.change(cluster, 1)
         self._image.note_used(found, count)
         return found
 
     async def _find_room(self, count: int) -> int:
-        first = run = 0
-        cluster = self._hint
-        while run < count:
+        """Return the first of so many free clusters in a row, of all of which a block tells.
+
+        Where there is no block yet all is free. Such blocks go in front of the row: each in its own
+        stretch, they would end every row that is longer than a stretch.
+        """
+        first, run = self._hint, 0
+        missing: list[int] = []
+        while run < count + len(missing):
+            cluster = first + run
             if cluster << self._bits > MAX_HOST:
                 raise IoError(errno.EFBIG, f"node '{self._image.node.name}': the image is full")
-            number, at = cluster >> self._block_bits, cluster & ((1 << self._block_bits) - 1)
-            # Where there is no block yet it is made now: it takes a cluster for itself.
-            block = self._block_or_new(number) or await self._get(number)
-            if block.counts[at]:
-                run = 0
+            number, at, part = self._parts(cluster, count + len(missing) - run)[0]
+            if number >= len(self.table):
+                self._grow_table(number + 1 + (count >> self._block_bits))
+            if number not in self.blocks and not self.table[number]:
+                run += part
+                missing += [number] if number not in missing[-1:] else []
+                continue
+            block = await self._get(number)
+            start, length = refcounts.free_run(block.counts, at, part)
+            if start == at:
+                run += length
             else:
-                first = cluster if not run else first
-                run += 1
-            cluster += 1
-        return first
+                first, run, missing = (number << self._block_bits) + start, 0, []
+        self._check_free(first, count + len(missing))
+        for cluster, number in enumerate(missing, start=first):
+            home = cluster >> self._block_bits
+            if home != number:
+                await self._get(home)
+            self._new_block(number, cluster)
+        return first + len(missing)
 
     def give_back(self, cluster: int, count: int) -> None:
         """Undo `allocate`, of clusters that no table has ever told of."""
