@@ -415,6 +415,7 @@ class RefcountCache:
                 return block
         if self.table[number]:
             return None
+        self._check_free(number << self._block_bits, 1)
         return self._new_block(number, number << self._block_bits)
 
     def _new_block(
@@ -462,6 +463,7 @@ class RefcountCache:
             blocks = need
         if table_clusters << self._bits > MAX_QCOW2_REFCOUNT_TABLE:
             raise IoError(errno.EFBIG, f"node '{image.node.name}': the refcount table is full")
+        self._check_free(start, blocks + table_clusters)
         old, header = self.table, image.header
         entries = (table_clusters << self._bits) // 8
         self.table = array("Q", old) + array("Q", bytes(8 * (entries - len(old))))
@@ -503,6 +505,10 @@ class RefcountCache:
                 raise image.damaged(ImageError(f"refcount block at {offset:#x} cannot be"))
             if offset >> self._bits in image.metadata:
                 raise image.damaged(ImageError(f"refcount block at {offset:#x} is something else"))
+            if offset + (1 << self._bits) > image.file.size:
+                raise image.damaged(
+                    ImageError(f"refcount block at {offset:#x} is behind the end of the file")
+                )
             data = await image.read_file(offset, 1 << self._bits)
             self.blocks[number] = Block(number, refcounts.load_counts(data, self._order), offset)
             image.metadata.add(offset >> self._bits)
