@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.extent import HOLE, ZERO
+from nbdfleece.block import internal_snapshots
 from nbdfleece.block.bitmap import new_bitmap
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdfleece.block.drivers.qcow2.driver import Qcow2Driver, Qcow2Options
@@ -30,7 +32,9 @@ from tests.block.test_qcow2_driver import qcow2_node
 from tests.support.driver_kit import fails, file_node, random_change, read, remove_all
 from tests.support.early import Told
 from tests.support.fleecing import add_access, add_filter, read_all
+from tests.support.power_cut import RecordingDriver
 from tests.support.qcow2 import check_qcow2, make_qcow2
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.interop("qemu-img")
 
@@ -462,3 +466,64 @@ async def test_the_name_of_a_backing_file_stays_where_it_is_when_the_header_grow
         assert path.read_bytes()[header.backing_offset :].startswith(bytes(tmp_path / "base"))
         check_qcow2(path)
     assert places[0] < places[1] == places[2] == places[3]
+
+
+class _Peer:
+    """Several commands of several monitors, each in a drained section of its own."""
+
+    def __init__(self, graph: Graph, node: Node) -> None:
+        self.graph = graph
+        self.node = node
+
+    async def snapshots(self) -> None:
+        for name in ("one", "two", "three"):
+            await internal_snapshots.create(self.node, name)
+            if name != "three":
+                await internal_snapshots.delete(self.node, None, name)
+
+    async def sizes(self) -> None:
+        for size in (SIZE + 512, 3 * SIZE, 2 * SIZE):
+            await self.graph.resize(self.node, size)
+
+    async def bitmaps(self) -> None:
+        assert self.node.bitmap_keeper is not None
+        async with asyncio.TaskGroup() as group:
+            for name in ("a", "b", "c"):
+                group.create_task(self.node.bitmap_keeper.forget(self.node.bitmaps.pop(name)))
+
+    async def names(self) -> None:
+        for number in range(3):
+            await self.node.driver.change_backing_file(f"name-{number}", "raw")
+
+    async def writes(self) -> None:
+        for offset in range(0, SIZE, 2048):
+            await until(lambda: not self.node.is_drained)  # as an export does
+            await self.node.write(offset, memoryview(b"w" * 2048), fua=False)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+async def test_changes_by_several_commands_at_a_time_do_not_mix(
+    graph: Graph, tmp_path: Path, rng: random.Random, *, lazy: bool
+) -> None:
+    """Refcount table, snapshots, bitmaps, size: each is told of by the one header."""
+    image = NewImage(size=SIZE, cluster_size=512, refcount_bits=64, lazy_refcounts=lazy)
+    path = make_qcow2(tmp_path / "x.qcow2", image)
+    (tmp_path / "name-2").touch()
+    qemu_img(["rebase", "-u", "-b", "name", "-F", "raw", path])
+    for name in ("a", "b", "c"):
+        qemu_img(["bitmap", "--add", "-g", "512", path, name])
+    file = RecordingDriver(path.read_bytes(), rng)
+    await graph.add("file", file, {}, read_only=False, discard_enabled=True)
+    options = {"driver": "qcow2", "node-name": "disk", "file": "file", "backing": None}
+    node = await add_from_options(graph, options)
+    peer = _Peer(graph, node)
+    async with asyncio.TaskGroup() as group:
+        for run in (peer.writes, peer.snapshots, peer.sizes, peer.bitmaps, peer.names):
+            group.create_task(run())
+    assert await read_all(node) == b"w" * SIZE + bytes(SIZE)
+    await graph.remove(node)
+    path.write_bytes(file.content)
+    check_qcow2(path)
+    header = features(path)
+    assert (header.size, header.nb_snapshots, header.backing_file) == (2 * SIZE, 1, "name-2")
+    assert header.extension(h.EXT_BITMAPS) is None

@@ -275,6 +275,29 @@ async def test_an_image_with_a_data_file_has_no_snapshots(
         await internal_snapshots.create(node, "one")
 
 
+async def test_snapshots_whose_data_is_in_another_file_are_not_touched(
+    tmp_path: Path, program: Program, graph: Graph
+) -> None:
+    """Nobody makes them; the refcounts of what they seem to refer to are of something else."""
+    path = create(program, tmp_path / "image")
+    node = await open_image(graph, path)
+    await write(node, 0, b"x" * MiB)
+    await internal_snapshots.create(node, "one")
+    await remove_all(graph)
+    (tmp_path / "data").write_bytes(bytes(SIZE))
+    data = bytearray(path.read_bytes())
+    data[79] |= 4
+    path.write_bytes(data)
+    other = {"driver": "file", "filename": str(tmp_path / "data")}
+    node = await open_image(graph, path, **{"data-file": other})
+    with pytest.raises(CommandError, match="external data file"):
+        await internal_snapshots.delete(node, None, "one")
+    with pytest.raises(CommandError, match="external data file"):
+        await apply(node, "one")
+    with pytest.raises(CommandError, match="external data file"):
+        await access(graph, "one")
+
+
 async def test_a_snapshot_whose_l1_table_takes_more_than_one_refcount_block(
     tmp_path: Path, program: Program, graph: Graph
 ) -> None:

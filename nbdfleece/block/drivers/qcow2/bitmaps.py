@@ -24,6 +24,7 @@ from nbdfleece.base.limits import (
     MAX_QCOW2_BITMAPS,
 )
 from nbdfleece.block.bitmap import DirtyBitmap
+from nbdfleece.block.drain import quiet
 from nbdfleece.block.drivers.qcow2.counts import OTHER
 from nbdfleece.formats.qcow2 import bitmaps as b
 from nbdfleece.formats.qcow2 import header as h
@@ -283,11 +284,14 @@ class StoredBitmaps:
         """Delete what is stored of a bitmap; see BitmapKeeper.forget."""
         if bitmap.name not in self._entries:
             return
-        wanted = {name: entry for name, entry in self._entries.items() if name != bitmap.name}
+        image = self._image
         try:
-            await self._image.begin_changes()
-            await self._switch(wanted)
-            await self._image.commit.run()
+            async with quiet(image.node), image.commanding:
+                wanted = {name: one for name, one in self._entries.items() if name != bitmap.name}
+                if len(wanted) < len(self._entries):  # it may be gone by now
+                    await image.begin_changes()
+                    await self._switch(wanted)
+                    await image.commit.run()
         except (ImageError, IoError) as error:
             raise CommandError(f"Failed to remove bitmap '{bitmap.name}': {error}") from error
 

@@ -16,13 +16,14 @@ from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent, clip, merge
 from nbdfleece.base.limits import QCOW2_L2_CACHE, QCOW2_REFCOUNT_CACHE
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.child import Child, Role
+from nbdfleece.block.drain import quiet
 from nbdfleece.block.driver import Driver, Reopening
 from nbdfleece.block.drivers.qcow2 import opening, resize
 from nbdfleece.block.drivers.qcow2.commit import all_of, ended
 from nbdfleece.block.drivers.qcow2.counts import OTHER, REQUEST, SNAPSHOT
 from nbdfleece.block.drivers.qcow2.image import CacheSizes, Image
 from nbdfleece.block.drivers.qcow2.reader import SnapshotReader, open_reader
-from nbdfleece.block.drivers.qcow2.snapshots import Snapshots
+from nbdfleece.block.drivers.qcow2.snapshots import Snapshots, check_no_data_file
 from nbdfleece.block.drivers.qcow2.writer import Writer
 from nbdfleece.datapath.step import background
 from nbdfleece.datapath.workers import Lane
@@ -167,19 +168,23 @@ class Qcow2Driver(Driver):
         if self._decompressing is not None:
             self._decompressing.close()
             self._decompressing = None
-        try:
-            await self.image.bitmaps.store()
-            await self.image.settle_all()
-        except (IoError, CommandError) as error:
-            # As after a crash: the image is whole, and lacks what was not flushed.
-            _log.error("node '%s': closing: %s", self.node.name, error)
+        image = self.image
+        async with image.commanding:
+            # The one need not be possible for the other; as after a crash the image is whole, and
+            # lacks what was not written.
+            for write_out in (image.bitmaps.store, image.settle_all):
+                try:
+                    await write_out()
+                except (IoError, CommandError, ImageError) as error:
+                    _log.error("node '%s': closing: %s", self.node.name, error)
 
     async def truncate(self, size: int) -> None:
         """Make the disk longer or shorter; see Driver.truncate."""
-        try:
-            await resize.resize(self.image, self._written(), size, self.reads_zero)
-        except ImageError as error:
-            raise CommandError(str(error)) from error
+        async with self.image.commanding:
+            try:
+                await resize.resize(self.image, self._written(), size, self.reads_zero)
+            except ImageError as error:
+                raise CommandError(str(error)) from error
 
     async def reopen_prepare(self, to: Reopening) -> None:
         """Write everything out, where nobody may write soon; see Driver.reopen_prepare."""
@@ -187,9 +192,10 @@ class Qcow2Driver(Driver):
         Qcow2Options.from_qmp(to.options)
         try:
             if not self.node.read_only:
-                if to.read_only:
-                    await image.bitmaps.store()
-                await image.settle_all()
+                async with image.commanding:
+                    if to.read_only:
+                        await image.bitmaps.store()
+                    await image.settle_all()
             if self.node.read_only and not to.read_only:
                 opening.check_writable(image.header, may_repair=False)
         except IoError as error:
@@ -243,13 +249,15 @@ class Qcow2Driver(Driver):
         if self.node.read_only:
             raise CommandError(f"Could not change backing file to '{name}': Image is read-only")
         image = self.image
-        await image.commit.run(with_refcounts=True)
-        wanted = replace(image.header, backing_file=name or None)
-        wanted = wanted.with_extension(EXT_BACKING_FORMAT, driver.encode() if name else None)
-        try:
-            await image.write_header(wanted)
-        except ImageError as error:
-            raise CommandError(f"Could not change backing file to '{name}': {error}") from error
+        async with quiet(self.node), image.commanding:
+            await image.begin_changes()
+            await image.commit.run(with_refcounts=True)
+            wanted = replace(image.header, backing_file=name or None)
+            wanted = wanted.with_extension(EXT_BACKING_FORMAT, driver.encode() if name else None)
+            try:
+                await image.write_header(wanted)
+            except ImageError as error:
+                raise CommandError(f"Could not change backing file to '{name}': {error}") from error
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -435,6 +443,7 @@ class Qcow2Driver(Driver):
         """See Driver.open_snapshot."""
         snapshots = self.internal_snapshots()
         snapshot = snapshots.find(wanted)
+        check_no_data_file(self.image)
         snapshots.hold(snapshot)
         try:
             return await open_reader(

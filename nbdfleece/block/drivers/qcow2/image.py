@@ -65,6 +65,8 @@ class Image:
         commit: Writes both.
         lazy: Refcounts are written late.
         writing: Guest clusters whose entries somebody is about to change.
+        commanding: Held by changes that commands make, in a drained section: several such sections
+            may be open at a time. Never by requests.
         frees: Host clusters that the disk lets go of (I1).
         bitmaps: Persistent ones.
         fresh: See I2.
@@ -96,6 +98,7 @@ class Image:
         self.counts: Final = RefcountCache(self, refcount_table, caches.refcounts)
         self.commit: Final = Commit(self)
         self.writing: Final = RangeList()
+        self.commanding: Final = asyncio.Lock()
         self.frees: Final = Frees(self)
         self.fresh = align_up(self.file.size, header.cluster_size)
         self.decompressed: dict[int, bytes] = {}

@@ -116,10 +116,22 @@ class Snapshots:
 
     async def create(self, name: str, date_s: int, date_ns: int) -> Snapshot:
         """See InternalSnapshots.create."""
+        async with self._image.commanding:
+            return await self._create(name, date_s, date_ns)
+
+    async def delete(self, wanted: str) -> None:
+        """See InternalSnapshots.delete; a failure may leave leaks."""
+        async with self._image.commanding:
+            await self._delete(wanted)
+
+    async def apply(self, wanted: str) -> None:
+        """See InternalSnapshots.apply; the disk has the size of then."""
+        async with self._image.commanding:
+            await self._apply(wanted)
+
+    async def _create(self, name: str, date_s: int, date_ns: int) -> Snapshot:
         image = self._image
-        self._check_version()
-        if image.header.has_data_file:
-            raise CommandError("Internal snapshots cannot be used with an external data file")
+        self._check_changeable()
         snapshot = table_of.Snapshot(
             id=table_of.new_id(self.entries),
             name=name,
@@ -149,11 +161,10 @@ class Snapshots:
         await image.settle_all()
         return snapshot
 
-    async def delete(self, wanted: str) -> None:
-        """See InternalSnapshots.delete; a failure may leave leaks."""
+    async def _delete(self, wanted: str) -> None:
         image = self._image
         snapshot = self.find(wanted)
-        self._check_version()
+        self._check_changeable()
         if snapshot.id in self._readers:
             raise InUse(f"Snapshot '{snapshot.name}' (id {snapshot.id}) is in use")
         l1 = await read_l1(image, snapshot)
@@ -171,11 +182,10 @@ class Snapshots:
             raise
         await image.settle_all()
 
-    async def apply(self, wanted: str) -> None:
-        """See InternalSnapshots.apply; the disk has the size of then."""
+    async def _apply(self, wanted: str) -> None:
         image = self._image
         snapshot = self.find(wanted)
-        self._check_version()
+        self._check_changeable()
         size = image.header.size if snapshot.disk_size is None else snapshot.disk_size
         needed = image.header.l1_needed(size)
         saved = await read_l1(image, snapshot)
@@ -219,7 +229,8 @@ class Snapshots:
         image.note_metadata()
         await flag_own(self._image)
 
-    def _check_version(self) -> None:
+    def _check_changeable(self) -> None:
+        check_no_data_file(self._image)
         if self._image.header.version < 3:
             raise CommandError(
                 f"Internal snapshots of node '{self._image.node.name}' cannot be changed: a crash "
@@ -317,6 +328,16 @@ class Snapshots:
                 await self._image.write_file(at, t.dump_entries(table))
             tables.l1[index] = entry & ~t.COPIED
             tables.l1_dirty.add(index)
+
+
+def check_no_data_file(image: Image) -> None:
+    """Check that an image keeps the data of its snapshots itself: in another file it is shared.
+
+    Raises:
+        CommandError: It does not.
+    """
+    if image.header.has_data_file:
+        raise CommandError("Internal snapshots cannot be used with an external data file")
 
 
 async def flag_own(image: Image) -> None:
