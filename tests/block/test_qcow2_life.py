@@ -131,6 +131,25 @@ async def test_what_is_added_does_not_show_a_longer_backing(
     check_qcow2(path)
 
 
+async def test_what_lies_behind_the_end_of_the_disk_does_not_come_into_it(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """QEMU keeps the state of a virtual machine there."""
+    path = make_qcow2(tmp_path / "x.qcow2", NewImage(size=4 * MiB, cluster_size=4096))
+    node = await qcow2_node(graph, path)
+    await node.write(0, memoryview(b"s" * 4 * MiB), fua=False)
+    await graph.remove(node)
+    with path.open("r+b") as file:
+        file.seek(h.SIZE_AT)
+        file.write(h.SIZE_FIELD.pack(MiB + 512))
+    node = await qcow2_node(graph, path)
+    await graph.resize(node, 3 * MiB + 512)
+    await graph.resize(node, 4 * MiB)
+    assert await read_all(node) == b"s" * (MiB + 512) + bytes(3 * MiB - 512)
+    await graph.remove(node)
+    check_qcow2(path)
+
+
 async def test_an_image_cannot_be_larger_than_its_tables_can_tell(
     graph: Graph, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ async def resize(
         if size > header.size:
             await _grow_l1(image, header.l1_needed(size))
             image.node.size = size
+            await _drop_behind(image, writer, before, size)
             await _zero_new(image, writer, before, size, reads_zero)
         else:
             await writer.drop(
@@ -80,6 +81,15 @@ async def _grow_l1(image: Image, entries: int) -> None:
     if header.l1_size:
         image.frees.add(header.l1_table_offset, 8 * header.l1_size, OTHER)
     image.note_metadata()
+
+
+async def _drop_behind(image: Image, writer: Writer, before: int, size: int) -> None:
+    """Let go of what lies where the disk gets longer: the state of a virtual machine, perhaps."""
+    first, end = (align_up(each, image.header.cluster_size) for each in (before, size))
+    bits = image.geometry.span_bits
+    for index in range(first >> bits, len(image.tables.l1)):
+        if image.tables.l1[index] & OFFSET_MASK:
+            await writer.drop(max(first, index << bits), min(end, index + 1 << bits))
 
 
 async def _zero_new(
