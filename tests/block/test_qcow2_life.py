@@ -437,6 +437,20 @@ async def test_first_writes_to_one_cluster_at_a_time_all_arrive(
     check_qcow2(path)
 
 
+async def test_an_unknown_feature_is_cleared_before_refcounts_are_counted_anew(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """What it refers to is not counted, so it has to be void then."""
+    path = make_qcow2(tmp_path / "x.qcow2", NewImage(size=SIZE, lazy_refcounts=True))
+    with path.open("r+b") as file:
+        file.seek(h.FEATURES_AT)
+        file.write(h.FEATURES_FIELDS.pack(h.DIRTY, h.LAZY_REFCOUNTS, 1 << 60))
+    node = await qcow2_node(graph, path)
+    assert not features(path).incompatible & h.DIRTY
+    assert not features(path).autoclear
+    await graph.remove(node)
+
+
 @pytest.mark.parametrize("what", ["data", "table"])
 async def test_a_write_does_not_follow_an_entry_behind_the_end_of_the_file(
     graph: Graph,

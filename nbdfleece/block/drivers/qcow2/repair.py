@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import ImageError
 from nbdfleece.base.limits import MAX_QCOW2_L1
+from nbdfleece.block.drivers.qcow2.image import KEPT_AUTOCLEAR
 from nbdfleece.block.drivers.qcow2.snapshots import flag_own
 from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2 import tables as t
@@ -72,6 +73,10 @@ async def repair(image: Image) -> None:
         ImageError: The image is damaged beyond that.
         IoError: It cannot be read or written.
     """
+    # What an unknown feature refers to is not counted.
+    known = image.header.autoclear & KEPT_AUTOCLEAR
+    if known != image.header.autoclear:
+        await image.write_features(replace(image.header, autoclear=known))
     found = await _count(image)
     await image.counts.set_all(found.get, found.last)
     await image.commit.run(with_refcounts=True)
