@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.block.graph import Graph
+from nbdfleece.block.registry import add_from_options
 from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2.create import NewImage
 from tests.block.test_qcow2_driver import qcow2_node
@@ -63,3 +64,18 @@ async def test_a_refcount_block_that_was_cut_off_does_not_call_everything_free(
     node = await qcow2_node(graph, path)
     assert await fails(node.write(MiB, memoryview(b"b" * 65536), fua=False)) == errno.EIO
     assert await read(node, 0, MiB) == b"a" * MiB
+
+
+async def test_a_cluster_of_a_data_file_that_says_nothing_of_its_owner_is_zeroed(
+    graph: Graph, tmp_path: Path
+) -> None:
+    image = NewImage(size=SIZE, data_file="data", preallocate=True)
+    path, data = make_qcow2(tmp_path / "x.qcow2", image), tmp_path / "data"
+    data.write_bytes(b"d" * SIZE)
+    l2 = int.from_bytes(path.read_bytes()[header_of(path).l1_table_offset :][:8], "big")
+    patch(path, (l2 & ~(1 << 63)) + 8, (65536).to_bytes(8, "big"))  # without COPIED
+    options = {"driver": "qcow2", "node-name": "disk", "discard": "unmap"}
+    options |= {"file": {"driver": "file", "filename": str(path)}}
+    node = await add_from_options(graph, options)
+    await node.write_zeroes(0, 4 * 65536, fua=False, may_unmap=True, no_fallback=False)
+    assert await read(node, 0, 4 * 65536) == bytes(4 * 65536)

@@ -560,9 +560,8 @@ class Writer:
     def _zeroed(self, entry: int, empty: int, *, may_unmap: bool) -> int:
         """Return what an entry becomes when its cluster is zeroed."""
         if self._geometry.has_data_file:
-            if entry & t.COPIED:
-                return entry | t.ZERO_FLAG
-            return entry | empty
+            has_host = entry & (t.COPIED | t.OFFSET_MASK)
+            return entry | (t.ZERO_FLAG if has_host else empty)
         if entry & t.COMPRESSED_FLAG or (
             entry & t.OFFSET_MASK and (may_unmap or not entry & t.COPIED)
         ):
