@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from nbdfleece.base.errors import CommandError
+from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.block.bitmap import DirtyBitmap, new_bitmap
+from nbdfleece.block.drivers.qcow2.bitmaps import StoredBitmaps
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.block.registry import add_from_options
 from nbdfleece.block.reopen import reopen
+from nbdfleece.formats.qcow2 import header as h
 from tests.support.driver_kit import remove_all
 from tests.support.qcow2_history import KiB, MiB, check, open_image, qemu_io, random_step, run
 from tests.support.qcow2_image import Image
@@ -315,3 +318,38 @@ async def test_snapshots_and_bitmaps_get_along(image: Path, program: Program, gr
     found = Image(content(image)).check()
     assert (found.corruptions, found.leaks) == ([], 0)
     assert qemu_dirty(program, image, "b") == [(0, MiB + 512)]
+
+
+async def test_bits_that_were_cut_off_are_not_taken_for_clean(
+    image: Path, program: Program, graph: Graph
+) -> None:
+    node = await open_image(graph, image)
+    await add(node, "b", 512)
+    await write(node, 0, SIZE)
+    await remove_all(graph)
+    data = bytearray(content(image))
+    extension = h.parse_header(data).extension(h.EXT_BITMAPS)
+    assert extension is not None
+    directory = int.from_bytes(extension[16:24], "big")
+    table = int.from_bytes(data[directory : directory + 8], "big")
+    bits = len(data) // 4096 * 4096 + 4096
+    data[table : table + 8] = bits.to_bytes(8, "big")
+    put(image, data.ljust(bits, b"\0") + b"\xff" * 100)
+    with pytest.raises(CommandError, match="not in the image's file"):
+        await open_image(graph, image)
+
+
+async def test_closing_writes_the_disk_out_when_a_bitmap_cannot_be_stored(
+    image: Path, graph: Graph, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await open_image(graph, image)
+    await add(node, "b")
+    await write(node, 0, 65536)
+
+    async def full(_store: StoredBitmaps, _bitmap: DirtyBitmap) -> None:
+        raise IoError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(StoredBitmaps, "_write", full)
+    await remove_all(graph)
+    check(program, image)
+    assert Image(content(image)).content() == b"x" * 65536 + bytes(SIZE - 65536)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -64,6 +65,22 @@ async def test_a_refcount_block_that_was_cut_off_does_not_call_everything_free(
     node = await qcow2_node(graph, path)
     assert await fails(node.write(MiB, memoryview(b"b" * 65536), fua=False)) == errno.EIO
     assert await read(node, 0, MiB) == b"a" * MiB
+
+
+async def test_data_that_was_cut_off_is_an_error_and_never_zeroes(
+    graph: Graph, tmp_path: Path
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", NewImage(size=SIZE))
+    node = await qcow2_node(graph, path)
+    await node.write(0, memoryview(b"a" * MiB), fua=False)
+    await graph.remove(node)
+    os.truncate(path, path.stat().st_size - MiB // 2)
+    for read_only in (True, False):
+        node = await qcow2_node(graph, path, read_only=read_only)
+        assert await read(node, 0, MiB // 2) == b"a" * (MiB // 2)
+        assert await fails(node.read(MiB - 512, memoryview(bytearray(512)))) == errno.EIO
+        assert await fails(node.read(0, memoryview(bytearray(MiB)))) == errno.EIO
+        await graph.remove(node)
 
 
 async def test_a_cluster_of_a_data_file_that_says_nothing_of_its_owner_is_zeroed(

@@ -121,7 +121,7 @@ class StoredBitmaps:
             raise ImageError(f"the table of bitmap '{entry.name}' is not in the image's file")
         data = await image.read_file(entry.table_offset, length)
         table = b.parse_table(bytes(data), image.header.cluster_size, entry.name)
-        if max(table) >= image.file.size:
+        if max(table) > b.ALL_SET and max(table) + image.header.cluster_size > image.file.size:
             raise ImageError(f"bits of bitmap '{entry.name}' are not in the image's file")
         return table
 

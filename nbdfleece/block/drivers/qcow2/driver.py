@@ -398,6 +398,7 @@ class Qcow2Driver(Driver):
 
     async def _read_run(self, run: Run, offset: int, view: memoryview) -> None:
         if run.kind == t.DATA:
+            self.image.check_in_file(run.host, len(view))
             await _read_padded(self.image.data, run.host, view)
         elif run.kind == t.UNALLOCATED:
             backing = self.node.backing

@@ -148,6 +148,16 @@ class Image:
         self.fresh = max(self.fresh, (cluster + count) << bits)
         return is_fresh
 
+    def check_in_file(self, host: int, length: int) -> None:
+        """Insist that each cluster of a range of data begins in the image's file.
+
+        Raises:
+            IoError: One does not: the file has been cut, and zeroes are not what was there.
+        """
+        last = (host + length - 1) >> self.header.cluster_bits << self.header.cluster_bits
+        if last >= self.file.size and not self.header.has_data_file:
+            raise self.damaged(ImageError(f"data at {last:#x} is behind the end of the file"))
+
     def check_no_metadata(self, host: int, length: int) -> None:
         """Insist that data may be written to a range of the image's file.
 
