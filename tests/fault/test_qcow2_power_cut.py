@@ -26,7 +26,7 @@ from nbdfleece.block.drain import quiet
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.block.registry import add_from_options
-from nbdfleece.formats.qcow2.header import parse_header
+from nbdfleece.formats.qcow2.header import EXT_BITMAPS, parse_header
 from tests.support.driver_kit import remove_all
 from tests.support.power_cut import NEVER, SECTOR, Acknowledged, Clock, Crashes, RecordingDriver
 from tests.support.qcow2_history import read_all
@@ -394,6 +394,62 @@ async def test_a_power_cut_leaves_bitmaps_complete_or_inconsistent(
             for how, data in crashes.at(moment, rng):
                 await run.reopen(data, f"{how} at {moment}")
         assert await run.reopen(bytes(run.file.content), "the end") == 3
+
+
+class NameRun(Run):
+    """As Run, and the name and the format of the backing file change, together."""
+
+    NAMES = (
+        *(("base.raw", "raw"), ("b", "host_device"), ("x" * 700, "qcow2"), ("y" * 701, "raw")),
+        *(("base.raw", "host_device"), ("", ""), ("z", "nbd"), ("x" * 700, "qcow2")),
+    )
+
+    async def live(self, guest: Guest, requests: int, depth: int) -> None:
+        self.told: list[tuple[int, int, tuple[str | None, str | None]]] = []
+        for name, format_ in self.NAMES:
+            await guest.run(requests, depth)
+            begun = self.clock.tick()
+            await guest.node.driver.change_backing_file(name, format_)
+            self.told.append((begun, self.clock.tick(), (name or None, format_ or None)))
+
+    def _look(self, data: bytes, moment: int, what: str) -> None:
+        super()._look(data, moment, what)
+        header = parse_header(data)
+        allowed: set[tuple[str | None, str | None]] = {("base.raw", "raw")}
+        for begun, done, names in self.told:
+            if done <= moment:
+                allowed = {names}
+            elif begun <= moment:
+                allowed.add(names)
+        assert (header.backing_file, header.backing_format) in allowed, what
+        if moment <= self.told[-1][1]:  # behind that the bitmap is stored
+            assert header.autoclear == self.autoclear, what
+            assert header.extension(EXT_BITMAPS) is not None, what
+
+    def _make(self) -> bytes:
+        super()._make()
+        path = self.folder / "image.qcow2"
+        add = [self.program("qemu-img"), "bitmap", "--add", str(path), "b"]
+        subprocess.run(add, check=True)
+        data = path.read_bytes()
+        self.autoclear = parse_header(data).autoclear
+        return data
+
+    def _ask_qemu(self, data: bytes, moment: int) -> None:
+        """It would look for the backing file."""
+
+
+@pytest.mark.deadline(3000)
+@pytest.mark.parametrize("cluster_size", [4096, 65536])
+async def test_a_power_cut_leaves_a_name_with_its_format(
+    tmp_path: Path, program: Program, rng: random.Random, cluster_size: int, *, long_run: bool
+) -> None:
+    for _ in range(20 if long_run else 1):
+        kind = Kind(f"cluster_size={cluster_size}", 256 * KiB, backed=True)
+        run = NameRun(program, tmp_path, kind, rng)
+        await run.history(requests=3, depth=2)
+        run.end()
+        run.cut(most=1000 if long_run else 60, samples=0)
 
 
 @pytest.fixture(autouse=True)

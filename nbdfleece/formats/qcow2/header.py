@@ -74,7 +74,7 @@ _CRYPT_NAMES: Final = {1: "AES", 2: "LUKS"}
 
 _V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3: Final = struct.Struct(">QQQII")
-_SECTOR: Final = 512  # what a disk writes as a whole
+SECTOR: Final = 512  # what a disk writes as a whole
 _EXTENSION: Final = struct.Struct(">II")
 _FEATURE: Final = struct.Struct(">BB46s")
 
@@ -345,9 +345,36 @@ def placed(header: Header) -> Header:
     before = header.backing_offset
     if before >= end and before + size <= area:
         return header
-    roomy = align_up(max(end, before + size if before else 0), _SECTOR) + _SECTOR
+    roomy = align_up(max(end, before + size if before else 0), SECTOR) + SECTOR
     at = roomy if roomy + size <= area else max(end, (area - size) & ~7)
     return replace(header, backing_offset=at)
+
+
+def placed_apart(header: Header, before: Header) -> Header | None:
+    """Return the header with its name where `before` has neither its own nor an extension.
+
+    So it can be written before the header tells of it. None: there is no such place.
+    """
+    if header.backing_file is None:
+        return placed(header)
+    size, area = len(_name(header)), header.cluster_size
+    end = max(_length(each) + len(_extensions(each)) for each in (header, before))
+    old, old_size = before.backing_offset, len(_name(before))
+    roomy = align_up(max(end, old + old_size), SECTOR) + SECTOR
+    for at, stop in ((roomy, area), (end, old if old_size else area)):
+        if at + size <= stop:
+            return replace(header, backing_offset=at)
+    return None
+
+
+def without_feature_names(header: Header) -> Header:
+    """Return the header without what is only for people."""
+    return header.with_extension(EXT_FEATURE_NAMES, None)
+
+
+def is_in_first_sector(header: Header) -> bool:
+    """Tell whether the fields and all extensions are in one sector."""
+    return _length(header) + len(_extensions(header)) <= SECTOR
 
 
 def is_torn_easily(header: Header, type_: int) -> bool:
@@ -356,7 +383,7 @@ def is_torn_easily(header: Header, type_: int) -> bool:
     for extension in header.extensions:
         end = at + _EXTENSION.size + len(extension.data)
         if extension.type == type_:
-            return at // _SECTOR != (end - 1) // _SECTOR
+            return at // SECTOR != (end - 1) // SECTOR
         at = align_up(end, 8)
     return False
 

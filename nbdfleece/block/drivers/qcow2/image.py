@@ -36,7 +36,6 @@ _log: Final = logging.getLogger(__name__)
 KEPT_AUTOCLEAR: Final = h.DATA_FILE_RAW | h.BITMAPS
 
 
-_SECTOR: Final = 512
 _MOST_TOLD: Final = 16  # lines in the log: a client can read the same damage for ever
 
 
@@ -281,21 +280,31 @@ class Image:
         """Write all of the header, to stable storage; what it tells of is on disk.
 
         It is longer than a sector, and a crash may leave any of its sectors as they were: so a name
-        that moves is there before it is told of, and an extension in two sectors is not in force.
+        that moves is there before it is told of, another name comes with its format, and an
+        extension in two sectors is not in force.
 
         Raises:
             ImageError: It is longer than its cluster. Nothing has changed.
             IoError: It could not be written.
         """
+        before = self.header
+        if (before.backing_file, before.backing_format) != (
+            wanted.backing_file,
+            wanted.backing_format,
+        ):
+            apart = h.placed_apart(wanted, before)
+            if apart is not None and h.is_in_first_sector(h.without_feature_names(apart)):
+                await self._write_header_by_sectors(apart)
+                return
         wanted = h.placed(wanted)
-        data, before = h.encode_header(wanted), self.header
+        data = h.encode_header(wanted)
         if before.backing_file == wanted.backing_file and (
             before.backing_offset != wanted.backing_offset
         ):
             await self.write_file(wanted.backing_offset, data[wanted.backing_offset :])
             await self.file.flush()
             moved = replace(before, backing_offset=wanted.backing_offset)
-            await self.write_file(0, h.encode_header(moved)[:_SECTOR])
+            await self.write_file(0, h.encode_header(moved)[: h.SECTOR])
             await self.file.flush()
             self.header = before = moved
         features, old = wanted.autoclear, before.extension(h.EXT_BITMAPS)
@@ -310,6 +319,28 @@ class Image:
         self.header = wanted
         if features != wanted.autoclear:
             await self.write_features(replace(wanted, autoclear=features))
+
+    async def _write_header_by_sectors(self, wanted: h.Header) -> None:
+        """Write the header so that one sector makes all of it count.
+
+        Only the names of features, which are for people, may be in others: a crash may lose them.
+        """
+        data = h.encode_header(wanted)
+        name_at = wanted.backing_offset or len(data)
+        behind = max(name_at, h.SECTOR)
+        if behind < len(data):
+            await self.write_file(behind, data[behind:])
+            await self.file.flush()
+        if not h.is_in_first_sector(wanted):
+            without_names = h.without_feature_names(wanted)
+            await self.write_file(0, h.encode_header(without_names)[: h.SECTOR])
+            await self.file.flush()
+            self.header = without_names
+            await self.write_file(h.SECTOR, data[h.SECTOR : name_at])
+            await self.file.flush()
+        await self.write_file(0, data[: h.SECTOR])
+        await self.file.flush()
+        self.header = wanted
 
     async def settle_all(self) -> None:
         """Write out everything, refcounts too, and clear the dirty bit. Nothing is in flight."""
