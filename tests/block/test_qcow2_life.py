@@ -29,6 +29,7 @@ from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2.create import NewImage
 from nbdfleece.formats.qcow2.writer import ImageWriter
 from tests.block.test_qcow2_driver import qcow2_node
+from tests.support import qcow2_image
 from tests.support.driver_kit import fails, file_node, random_change, read, remove_all
 from tests.support.early import Told
 from tests.support.fleecing import add_access, add_filter, read_all
@@ -560,3 +561,80 @@ async def test_changes_by_several_commands_at_a_time_do_not_mix(
     header = features(path)
     assert (header.size, header.nb_snapshots, header.backing_file) == (2 * SIZE, 1, "name-2")
     assert header.extension(h.EXT_BITMAPS) is None
+
+
+class _Doubtful(RecordingDriver):
+    """A file whose header is written, and then cannot be brought to stable storage."""
+
+    def __init__(self, content: bytes, rng: random.Random) -> None:
+        super().__init__(content, rng)
+        self.failures = 0  # that are left, from the next change of the header on
+        self.watched = slice(0, 512)
+        self.good = content
+        self.is_ill = False
+
+    async def flush(self) -> None:
+        self.is_ill |= self.failures > 0 and (self.content[self.watched] != self.good[self.watched])
+        if self.is_ill and self.failures:
+            self.failures -= 1
+            raise IoError(errno.EIO, "the disk is ill")
+        await super().flush()
+
+
+async def _doubtful(graph: Graph, content: bytes, rng: random.Random) -> tuple[_Doubtful, Node]:
+    file = _Doubtful(content, rng)
+    await graph.add("file", file, {}, read_only=False, discard_enabled=True)
+    options = {"driver": "qcow2", "node-name": "disk", "file": "file", "backing": None}
+    node = await add_from_options(graph, options)
+    await node.write(0, memoryview(b"a" * 512), fua=True)
+    file.good = bytes(file.content)
+    return file, node
+
+
+@pytest.mark.parametrize("failures", [1, 1000])
+async def test_a_header_in_doubt_does_not_lose_what_is_flushed_later(
+    graph: Graph, tmp_path: Path, rng: random.Random, failures: int
+) -> None:
+    """The file would be found with another L1 table, which nobody has written since."""
+    path = make_qcow2(tmp_path / "x.qcow2", IMAGES["small"])
+    file, node = await _doubtful(graph, path.read_bytes(), rng)
+    file.failures = failures
+    with pytest.raises(IoError):
+        await graph.resize(node, 4 * SIZE)
+    file.failures = 0
+    write = node.write(SIZE // 2, memoryview(b"b" * 512), fua=False)
+    if failures > 1:  # the header of before could not be had back
+        assert await fails(write) == await fails(node.flush()) == errno.EIO
+        return
+    await write
+    await node.flush()
+    found = qcow2_image.Image(bytes(file.content)).content()
+    assert found[SIZE // 2 :][:512] == b"b" * 512
+
+
+async def test_a_bitmap_that_may_have_been_stored_is_not_taken_for_complete(
+    graph: Graph, tmp_path: Path, rng: random.Random
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", IMAGES["plain"])
+    qemu_img(["bitmap", "--add", path, "b"])
+    file, node = await _doubtful(graph, path.read_bytes(), rng)
+    file.failures, file.watched = 1, slice(512, 1024)
+    old = h.parse_header(bytes(file.content)).extension(h.EXT_BITMAPS)
+    again = {"driver": "qcow2", "node-name": "disk", "file": "file", "backing": None}
+    with pytest.raises(CommandError, match="the disk is ill"):
+        await reopen(graph, [again | {"read-only": True}])
+    await node.write(SIZE // 2, memoryview(b"b" * 512), fua=True)
+    assert h.parse_header(bytes(file.content)).extension(h.EXT_BITMAPS) == old  # it is in use
+
+
+async def test_the_dirty_bit_is_set_again_when_it_may_have_been_cleared(
+    graph: Graph, tmp_path: Path, rng: random.Random
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", IMAGES["lazy"])
+    file, node = await _doubtful(graph, path.read_bytes(), rng)
+    file.failures = 1
+    again = {"driver": "qcow2", "node-name": "disk", "file": "file", "backing": None}
+    with pytest.raises(CommandError, match="the disk is ill"):
+        await reopen(graph, [again])
+    await node.write(SIZE // 2, memoryview(b"b" * 512), fua=True)
+    assert h.parse_header(bytes(file.content)).incompatible & h.DIRTY

@@ -91,6 +91,7 @@ class Commit:
             if self._running is not None:
                 await self._running
                 continue
+            self._image.check_no_doubt()
             self._begun = number = self._begun + 1
             self._running = asyncio.get_running_loop().create_future()
             try:

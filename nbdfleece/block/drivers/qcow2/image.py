@@ -76,6 +76,8 @@ class Image:
 
     lazy = False
     is_changing = False
+    _are_features_sure = True  # those on disk are those of `header`
+    _doubt = ""  # why nobody knows what the header on disk says
     _told = 0  # damage that requests have met
     _beginning: asyncio.Future[None] | None = None
     _growing: asyncio.Future[None] | None = None
@@ -251,6 +253,7 @@ class Image:
         bit is set.
         """
         while not self.is_changing:
+            self.check_no_doubt()
             if self._beginning is not None:
                 await self._beginning
                 continue
@@ -262,7 +265,7 @@ class Image:
                     autoclear=self.header.autoclear & KEPT_AUTOCLEAR,
                     incompatible=self.header.incompatible | (h.DIRTY if self.lazy else 0),
                 )
-                if wanted != self.header:
+                if wanted != self.header or not self._are_features_sure:
                     await self.write_features(wanted)
                 self.is_changing = True
             finally:
@@ -272,9 +275,46 @@ class Image:
     async def write_features(self, wanted: h.Header) -> None:
         """Write the feature bits, to stable storage."""
         data = h.FEATURES_FIELDS.pack(wanted.incompatible, wanted.compatible, wanted.autoclear)
+        self._are_features_sure = False
         await self.write_file(h.FEATURES_AT, data)
         await self.file.flush()
+        self._are_features_sure = True
         self.header = wanted
+
+    async def write_fields(self, at: int, data: bytes) -> None:
+        """Have fields of the header, in one sector, tell of other tables, which are on disk.
+
+        Raises:
+            IoError: They tell of those of before, or the header is in doubt.
+        """
+        before = await self.read_file(at, len(data))
+        try:
+            await self.write_file(at, data)
+            await self.file.flush()
+        except IoError:
+            await self._put_back(at, bytes(before))
+            raise
+
+    async def _put_back(self, at: int, data: bytes) -> None:
+        """Have the header again that was there; or nothing is written or flushed any more.
+
+        Somebody who opens the image then may find other tables than those that would be written.
+        """
+        try:
+            await self.write_file(at, data)
+            await self.file.flush()
+        except IoError as error:
+            self._doubt = f"node '{self.node.name}': its header is in doubt: {error}"
+            self.is_changing = False
+
+    def check_no_doubt(self) -> None:
+        """Insist that the header on disk is `header`.
+
+        Raises:
+            IoError: It may be another one.
+        """
+        if self._doubt:
+            raise IoError(errno.EIO, self._doubt)
 
     async def write_header(self, wanted: h.Header) -> None:
         """Write all of the header, to stable storage; what it tells of is on disk.
@@ -285,8 +325,15 @@ class Image:
 
         Raises:
             ImageError: It is longer than its cluster. Nothing has changed.
-            IoError: It could not be written.
+            IoError: It could not be written. Nothing has changed, or the header is in doubt.
         """
+        try:
+            await self._write_header(wanted)
+        except IoError:
+            await self._put_back(0, h.encode_header(self.header))
+            raise
+
+    async def _write_header(self, wanted: h.Header) -> None:
         before = self.header
         if (before.backing_file, before.backing_format) != (
             wanted.backing_file,
@@ -344,17 +391,18 @@ class Image:
 
     async def settle_all(self) -> None:
         """Write out everything, refcounts too, and clear the dirty bit. Nothing is in flight."""
+        self.check_no_doubt()
         if not self.is_changing:
             return
         await self.commit.run(with_refcounts=True)
         while self.frees.waiting or self.counts.is_dirty:
             await self.commit.run(with_refcounts=True)
+        self.is_changing = False  # whatever comes of this, the next change says it again
         if self.header.incompatible & h.DIRTY:
             await self.write_features(
                 replace(self.header, incompatible=self.header.incompatible & ~h.DIRTY)
             )
         await self.trim()
-        self.is_changing = False
 
 
 def _geometry(header: h.Header) -> Geometry:

@@ -55,8 +55,7 @@ async def resize(
         await image.commit.run()
         if header.has_data_file:
             await image.data.truncate(size)
-        await image.write_file(h.SIZE_AT, h.SIZE_FIELD.pack(size))
-        await image.file.flush()
+        await image.write_fields(h.SIZE_AT, h.SIZE_FIELD.pack(size))
         image.header = replace(image.header, size=size)
     except (IoError, CommandError):
         image.node.size = before
@@ -74,8 +73,7 @@ async def _grow_l1(image: Image, entries: int) -> None:
     offset = first << header.cluster_bits
     await image.write_file(offset, dump_entries(l1))
     await image.file.flush()
-    await image.write_file(h.L1_SIZE_AT, h.L1_FIELDS.pack(entries, offset))
-    await image.file.flush()
+    await image.write_fields(h.L1_SIZE_AT, h.L1_FIELDS.pack(entries, offset))
     tables.l1 = l1
     image.header = replace(image.header, l1_size=entries, l1_table_offset=offset)
     if header.l1_size:

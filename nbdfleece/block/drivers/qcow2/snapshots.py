@@ -214,8 +214,7 @@ class Snapshots:
         """Have the header tell of another L1 table, and let go of what the old one led to."""
         image = self._image
         before, old = image.header, image.tables.l1
-        await image.write_file(_ACTIVE_AT, _ACTIVE.pack(size, 0, len(l1), at))
-        await image.file.flush()
+        await image.write_fields(_ACTIVE_AT, _ACTIVE.pack(size, 0, len(l1), at))
         image.header = replace(image.header, size=size, l1_size=len(l1), l1_table_offset=at)
         image.node.size = size
         image.tables.forget_from(0)
@@ -262,8 +261,7 @@ class Snapshots:
         image = self._image
         before = image.header
         await image.commit.run(with_refcounts=True)
-        await image.write_file(h.SNAPSHOTS_AT, h.SNAPSHOTS_FIELDS.pack(len(entries), at))
-        await image.file.flush()
+        await image.write_fields(h.SNAPSHOTS_AT, h.SNAPSHOTS_FIELDS.pack(len(entries), at))
         if before.nb_snapshots:
             length = len(table_of.encode_table(self.entries))
             image.frees.add(before.snapshots_offset, length, OTHER)
