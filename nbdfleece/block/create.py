@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError, ImageError, IoError
-from nbdfleece.base.limits import MAX_SIZE, ZERO_PIECE
+from nbdfleece.base.limits import JOB_STATUS_PIECE, MAX_SIZE, ZERO_PIECE
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.drivers.locks import ImageLocks, can_lock
 from nbdfleece.block.registry import add_from_options
@@ -217,22 +217,42 @@ def _held(graph: Graph, node: Node) -> Iterator[None]:
         graph.detach_root(edge)
 
 
-async def _write_image(node: Node, length: int, pieces: list[tuple[int, bytes]]) -> None:
+async def _write_image(node: Node, length: int, pieces: list[tuple[int, bytes]], mode: str) -> None:
     """Make a node a file of zeroes but for some pieces; the first comes last."""
     if node.size:
         await node.truncate(0)
     await node.truncate(length)
+    if mode in ("falloc", "full"):
+        try:
+            await _allocate(node, length, is_full=mode == "full")
+        except IoError as error:
+            raise CommandError(f"Could not resize underlying file: {error}") from error
     for offset, data in reversed(pieces):
         await node.write(offset, memoryview(data), fua=False)
     await node.flush()
 
 
+async def _allocate(node: Node, length: int, *, is_full: bool) -> None:
+    """Give space to all of a node that reads as zeroes; `is_full`: by writing it.
+
+    Raises:
+        IoError: There is not so much.
+    """
+    zeroes = memoryview(bytes(ZERO_PIECE))
+    offset = 0
+    while offset < length:
+        piece = min(ZERO_PIECE if is_full else JOB_STATUS_PIECE, length - offset)
+        if is_full:
+            await node.write(offset, zeroes[:piece], fua=False)
+        else:
+            await node.write_zeroes(offset, piece, fua=False, may_unmap=False, no_fallback=False)
+        offset += piece
+
+
 async def _qcow2(graph: Graph, options: Mapping[str, object]) -> None:
     """Make a qcow2 image in a node."""
     backing, compression = options.get("backing-file"), options.get("compression-type", "zlib")
-    preallocation = options.get("preallocation", "off")
-    if preallocation not in ("off", "metadata"):
-        raise CommandError(f"Unsupported preallocation mode: {preallocation}")
+    preallocation = str(options.get("preallocation", "off"))
     image = NewImage(
         size=_size(options),
         cluster_size=_integer(options, "cluster-size", 65536),
@@ -243,7 +263,7 @@ async def _qcow2(graph: Graph, options: Mapping[str, object]) -> None:
         compression_type=h.ZSTD if compression == "zstd" else h.ZLIB,
         backing_file=None if backing is None else str(backing),
         backing_format=str(options["backing-fmt"]) if "backing-fmt" in options else None,
-        preallocate=preallocation == "metadata",
+        preallocate=preallocation != "off",
     )
     try:
         length, pieces = image_length(image), list(image_pieces(image))
@@ -251,7 +271,7 @@ async def _qcow2(graph: Graph, options: Mapping[str, object]) -> None:
         raise CommandError(str(error)) from error
     async with _storage(graph, options["file"]) as node:
         try:
-            await _write_image(node, length, pieces)
+            await _write_image(node, length, pieces, preallocation)
         except IoError as error:
             raise CommandError(f"Could not write qcow2 header: {error}") from error
 

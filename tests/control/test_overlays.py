@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -302,6 +303,24 @@ def test_a_file_is_made(daemon: StorageDaemon, mode: str) -> None:
     assert create(daemon, "file", **size) is None
     assert path.read_bytes() == bytes(5001)
     assert (path.stat().st_blocks > 0) == (mode != "off")
+
+
+@pytest.mark.interop("qemu-img")
+@pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
+def test_an_image_is_made_with_its_space(
+    daemon: StorageDaemon, program: Callable[[str], str], mode: str
+) -> None:
+    path = daemon.folder / "made"
+    path.write_bytes(b"\xff" * 9000)
+    file = {"driver": "file", "filename": str(path)}
+    assert create(daemon, "qcow2", file=file, size=3 * MIB, preallocation=mode) is None
+    run(program("qemu-img"), "check", "-f", "qcow2", path)
+    mapped = json.loads(run(program("qemu-img"), "map", "--output=json", path).stdout)
+    assert all(extent["data"] for extent in mapped) == (mode != "off")
+    flat = daemon.folder / "flat"
+    run(program("qemu-img"), "convert", "-O", "raw", path, flat)
+    assert flat.read_bytes() == bytes(3 * MIB)
+    assert (512 * path.stat().st_blocks >= 3 * MIB) == (mode in ("falloc", "full"))
 
 
 def test_files_that_are_not_made(daemon: StorageDaemon) -> None:
