@@ -202,22 +202,41 @@ async def _opened(destination: str, size: int, *, force: bool) -> AsyncIterator[
 
 @contextlib.asynccontextmanager
 async def _new_file(path: Path, size: int, old: os.stat_result | None) -> AsyncIterator[_Target]:
-    """Make a file that takes its name when it is complete; mode and owner are those of `old`."""
+    """Make a file that takes its name when it is complete; mode and owner are those of `old`.
+
+    It is locked before it is emptied, and until it has its name: another restore may be at it.
+    """
     partial = _beside(path)
     if old is not None:
         await _check_unused(path)
-    _make(partial, size)
-    try:
-        driver = FileDriver(
-            filename=str(partial), locking=Locking.AUTO, cache_direct=False, new_and_sparse=True
-        )
-        async with _node(driver) as node:
+    _make(partial)
+    driver = FileDriver(
+        filename=str(partial), locking=Locking.AUTO, cache_direct=False, new_and_sparse=True
+    )
+    async with _node(driver) as node:
+        _check_same(partial, driver)
+        try:
+            for length in (0, size):
+                await node.truncate(length)
             yield _Target(node, is_zero=True)
             await node.flush()
-        _complete(partial, path, old)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            _complete(partial, path, old)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _check_same(path: Path, driver: FileDriver) -> None:
+    """Check that a name still leads to the open file.
+
+    Raises:
+        BackupError: The file got another name before it was locked here.
+    """
+    opened = driver.plain_file()
+    assert opened is not None, "just opened"
+    found = _status(path)
+    if found is None or not os.path.samestat(found, os.fstat(opened.fd)):
+        raise BackupError(f"'{path}' is being written by another restore")
 
 
 def _beside(path: Path) -> Path:
@@ -262,15 +281,12 @@ async def _check_unused(path: Path) -> None:
         pass
 
 
-def _make(path: Path, size: int) -> None:
+def _make(path: Path) -> None:
+    """Make a file, unless it is there."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _FILE_MODE)
-        try:
-            os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE))
     except OSError as error:
-        raise BackupError(f"create '{path}' of {size} bytes: {error.strerror}") from error
+        raise BackupError(f"create '{path}': {error.strerror}") from error
 
 
 @contextlib.asynccontextmanager

@@ -1,5 +1,7 @@
+import asyncio
 import os
 import random
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,26 @@ async def test_an_instant_must_mean_one_point(backups: Backups, tmp_path: Path) 
                 check=False,
                 tell=lambda *_: None,
             )
+
+
+async def test_two_restores_to_one_file_do_not_spoil_each_other(
+    backups: Backups, tmp_path: Path
+) -> None:
+    """The second one empties nothing, and removes nothing, that the first is writing."""
+    source, target = Source(backups.path / "vda", ""), tmp_path / "target"
+    seconds: list[Future[Point]] = []
+
+    def again() -> Point:
+        nothing = lambda *_: None  # noqa: E731
+        return asyncio.run(restore(source, str(target), force=True, check=True, tell=nothing))
+
+    def tell(_done: int, _size: int) -> None:  # some has been written
+        if not seconds:
+            with ThreadPoolExecutor() as threads:
+                seconds.append(threads.submit(again))
+
+    await restore(source, str(target), force=False, check=True, tell=tell)
+    assert target.read_bytes() == backups.disks[1]
+    with pytest.raises(CommandError):
+        seconds[0].result()
+    assert sorted(os.listdir(tmp_path)) == ["backups", "target"]
