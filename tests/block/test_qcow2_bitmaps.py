@@ -274,6 +274,21 @@ async def test_bitmaps_follow_a_resize(
         await remove_all(graph)
 
 
+async def test_a_disk_does_not_get_larger_than_its_bitmaps_can_be(
+    image: Path, program: Program, graph: Graph
+) -> None:
+    """The image could not be opened again."""
+    node = await open_image(graph, image)
+    await add(node, "b", 512)
+    assert node.size == SIZE
+    with pytest.raises(CommandError, match="'b'"):
+        await graph.resize(node, 3 << 40)
+    await graph.resize(node, 1 << 40)
+    await remove_all(graph)
+    node = await open_image(graph, image)
+    assert node.bitmaps["b"].size == node.size == 1 << 40
+
+
 async def test_who_does_not_know_bitmaps_makes_them_void(
     image: Path, program: Program, graph: Graph
 ) -> None:

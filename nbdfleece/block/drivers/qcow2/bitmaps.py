@@ -280,6 +280,19 @@ class StoredBitmaps:
             raise CommandError(f"{node}: Bitmap with the same name is already stored")
         bitmap.persistent = True
 
+    def check_size(self, size: int) -> None:
+        """Check that all that is kept can be stored when the disk has another size.
+
+        Raises:
+            CommandError: The image could not be opened any more.
+        """
+        for bitmap in self._persistent():
+            bits = bitmap.granularity.bit_length() - 1
+            if not bitmap.inconsistent and b.bits_length(size, bits) > MAX_QCOW2_BITMAP_BYTES:
+                raise CommandError(
+                    f"Too much space would be occupied by the bitmap '{bitmap.name}'"
+                )
+
     async def forget(self, bitmap: DirtyBitmap) -> None:
         """Delete what is stored of a bitmap; see BitmapKeeper.forget."""
         if bitmap.name not in self._entries:

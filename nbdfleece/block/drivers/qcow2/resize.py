@@ -39,6 +39,7 @@ async def resize(
         raise CommandError(f"The image cannot have {size} bytes with clusters of its size")
     if size == header.size:
         return
+    image.bitmaps.check_size(size)
     await image.begin_changes()
     before = image.node.size
     try:
