@@ -259,8 +259,12 @@ class DiskFolder:
         for point in self.manifest.points:
             wanted = self._backing_of(point, self.manifest)
             path = self.file(point)
-            if wanted is not None and path.exists() and image.backing_name(path) != wanted:
-                image.set_backing_name(path, wanted, self._files)
+            try:
+                if wanted is not None and path.exists() and image.backing_name(path) != wanted:
+                    image.set_backing_name(path, wanted, self._files)
+            except BackupError as error:  # it may say a name that is garbage, which stays for it
+                _log.warning("%s: files that are not needed stay: %s", self.path, error)
+                return
         for name in self.manifest.garbage:
             self._files.remove(self.path / name)
         self._files.sync_folder(self.path)

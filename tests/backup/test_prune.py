@@ -98,6 +98,30 @@ def test_a_plan_changes_nothing(tmp_path: Path, rng: random.Random) -> None:
     check(path, states)
 
 
+def test_a_damaged_file_behind_a_merge_does_not_shut_the_folder(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    """It cannot learn the new name of what it stands on, which other points do not need."""
+    path = tmp_path / "vda"
+    states = make(path, rng, "full", "inc", "inc", "full")
+    names = list(states)
+    damaged = path / f"{names[2]}.inc.qcow2"
+    good = damaged.read_bytes()
+    damaged.write_bytes(b"RAW" + good[3:])
+    with DiskFolder(path, for_change=True) as folder:
+        prune(folder, Only(1, 2))
+        add_point(folder, states[names[3]])
+    with DiskFolder(path, for_change=True) as folder:
+        found = verify(folder, data=True)
+        assert [one.fault is None for one in found] == [True, False, True, True]
+        assert f"{names[1]}.inc.qcow2" in folder.manifest.garbage
+    damaged.write_bytes(good)
+    with DiskFolder(path, for_change=True) as folder:
+        assert not folder.manifest.garbage
+        assert [one.fault for one in verify(folder, data=True)] == [None] * 4
+        assert folder.present() == {point.file for point in folder.manifest.points}
+
+
 def attempt(path: Path, keep: set[str], steps: int) -> bool:
     """Prune until so many steps are done; tell whether it came to its end."""
     files = FailingFiles(steps)
