@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.block.registry import add_from_options
 from tests.support.driver_kit import remove_all
+from tests.support.power_cut import RecordingDriver
 from tests.support.qcow2_history import (
     KiB,
     MiB,
@@ -29,6 +30,7 @@ from tests.support.qcow2_history import (
     run,
 )
 from tests.support.qcow2_image import Image
+from tests.support.waiting import turns
 
 pytestmark = pytest.mark.interop("qemu-img", "qemu-io")
 
@@ -234,6 +236,43 @@ async def test_a_snapshot_in_use_is_not_deleted(
     assert (gone.id, gone.name) == ("1", "one")
     with pytest.raises(NotFound):
         await access(graph, "one")
+
+
+async def test_a_snapshot_that_is_being_deleted_is_not_opened(
+    tmp_path: Path,
+    program: Program,
+    graph: Graph,
+    rng: random.Random,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its clusters would become somebody else's while it is read."""
+    first = create(program, tmp_path / "image", size=256 * KiB).read_bytes()
+    opened = 0
+    monkeypatch.setattr("nbdfleece.block.drivers.qcow2.image.QCOW2_GROW", 64 * KiB)
+    for delay in range(40):
+        await graph.add("file", RecordingDriver(first, rng), read_only=False, discard_enabled=True)
+        node = await add_from_options(
+            graph, {"driver": "qcow2", "node-name": "disk", "file": "file"}
+        )
+        await write(node, 0, b"x" * 64 * KiB)
+        await internal_snapshots.create(node, "one")
+        async with asyncio.TaskGroup() as group:
+            deleting = group.create_task(_result(internal_snapshots.delete(node, None, "one")))
+            await turns(delay)
+            opening = group.create_task(_result(access(graph, "one")))
+        if isinstance(opening.result(), Node):
+            opened += 1
+            assert isinstance(deleting.result(), InUse)
+            assert internal_snapshots.find(node, None, "one")
+        await remove_all(graph)
+    assert opened < 40
+
+
+async def _result(request: Awaitable[object]) -> object:
+    try:
+        return await request
+    except CommandError as error:
+        return error
 
 
 async def test_what_cannot_be_is_refused(tmp_path: Path, program: Program, graph: Graph) -> None:

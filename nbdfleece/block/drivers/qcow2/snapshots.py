@@ -61,6 +61,7 @@ class Snapshots:
         self._image: Final = image
         self.entries: list[Snapshot] = []
         self._readers: dict[str, int] = {}
+        self._dying: Snapshot | None = None  # is being deleted
 
     async def load(self) -> None:
         """Read the table.
@@ -103,7 +104,13 @@ class Snapshots:
     # --- in use ------------------------------------------------------------------------------
 
     def hold(self, snapshot: Snapshot) -> None:
-        """Keep a snapshot from being deleted until the matching `release`."""
+        """Keep a snapshot from being deleted until the matching `release`.
+
+        Raises:
+            InUse: It is being deleted.
+        """
+        if snapshot is self._dying:
+            raise InUse(f"Snapshot '{snapshot.name}' (id {snapshot.id}) is being deleted")
         self._readers[snapshot.id] = self._readers.get(snapshot.id, 0) + 1
 
     def release(self, snapshot: Snapshot) -> None:
@@ -162,11 +169,18 @@ class Snapshots:
         return snapshot
 
     async def _delete(self, wanted: str) -> None:
-        image = self._image
         snapshot = self.find(wanted)
         self._check_changeable()
         if snapshot.id in self._readers:
             raise InUse(f"Snapshot '{snapshot.name}' (id {snapshot.id}) is in use")
+        self._dying = snapshot
+        try:
+            await self._delete_unused(snapshot)
+        finally:
+            self._dying = None
+
+    async def _delete_unused(self, snapshot: Snapshot) -> None:
+        image = self._image
         l1 = await read_l1(image, snapshot)
         left = [each for each in self.entries if each is not snapshot]
         await self._begin()
