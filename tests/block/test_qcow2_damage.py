@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdfleece.base.errors import CommandError
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.registry import add_from_options
 from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2.create import NewImage
+from nbdfleece.formats.qcow2.writer import ImageWriter
 from tests.block.test_qcow2_driver import qcow2_node
 from tests.support.driver_kit import fails, read, remove_all
 from tests.support.qcow2 import make_qcow2
@@ -65,6 +67,21 @@ async def test_a_refcount_block_that_was_cut_off_does_not_call_everything_free(
     node = await qcow2_node(graph, path)
     assert await fails(node.write(MiB, memoryview(b"b" * 65536), fua=False)) == errno.EIO
     assert await read(node, 0, MiB) == b"a" * MiB
+
+
+async def test_a_refcount_table_that_was_cut_within_is_refused(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """What its lost entries told of would be free."""
+    path, writer = tmp_path / "x.qcow2", ImageWriter(MiB, cluster_bits=9)
+    with path.open("wb") as file:
+        for offset, piece in (*writer.data(0, b"d" * MiB), *writer.finish()):
+            file.seek(offset)
+            file.write(piece)
+    await graph.remove(await qcow2_node(graph, path))
+    os.truncate(path, header_of(path).refcount_table_offset + 16)
+    with pytest.raises(CommandError, match="refcount table"):
+        await qcow2_node(graph, path)
 
 
 async def test_data_that_was_cut_off_is_an_error_and_never_zeroes(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import ImageError
+from nbdfleece.base.units import ceil_div
 from nbdfleece.block.drivers.qcow2.image import CacheSizes, Image
 from nbdfleece.block.drivers.qcow2.repair import repair
 from nbdfleece.formats.qcow2 import header as h
+from nbdfleece.formats.qcow2.refcounts import block_bits
 from nbdfleece.formats.qcow2.tables import load_entries
 
 if TYPE_CHECKING:
@@ -48,10 +50,12 @@ async def open_image(node: Node, caches: CacheSizes) -> Image:
         raise ImageError("an image with a raw external data file cannot have a backing")
     if header.l1_table_offset + 8 * header.l1_size > file.size:
         raise ImageError("the L1 table is not in the image's file, which has been cut")
-    if header.refcount_table_offset >= file.size:
+    length = header.refcount_table_clusters << header.cluster_bits
+    bits = header.cluster_bits + block_bits(header.cluster_bits, header.refcount_order)
+    telling = min(length, 8 * ceil_div(file.size, 1 << bits))  # bytes, of what is in the file
+    if header.refcount_table_offset + telling > file.size:
         raise ImageError("the refcount table is not in the image's file, which has been cut")
     l1 = load_entries(await _read(file, header.l1_table_offset, 8 * header.l1_size))
-    length = header.refcount_table_clusters << header.cluster_bits
     table = load_entries(await _read(file, header.refcount_table_offset, length))
     return Image(node, header, l1, table, caches=caches)
 
