@@ -113,3 +113,27 @@ async def test_a_cluster_of_a_data_file_that_says_nothing_of_its_owner_is_zeroed
     node = await add_from_options(graph, options)
     await node.write_zeroes(0, 4 * 65536, fua=False, may_unmap=True, no_fallback=False)
     assert await read(node, 0, 4 * 65536) == bytes(4 * 65536)
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+async def test_an_l2_table_that_was_cut_within_is_an_error_and_never_zeroes(
+    graph: Graph, tmp_path: Path, *, dirty: bool
+) -> None:
+    path, writer = tmp_path / "x.qcow2", ImageWriter(MiB)
+    with path.open("wb") as file:
+        for offset, piece in (*writer.data(0, b"d" * MiB), *writer.finish()):
+            file.seek(offset)
+            file.write(piece)
+    header = header_of(path)
+    l1 = bytearray(path.read_bytes()[header.l1_table_offset :][:8])
+    l2 = int.from_bytes(l1, "big") & ~(1 << 63)
+    end = (path.stat().st_size + 65535) & ~65535
+    patch(path, end, path.read_bytes()[l2 : l2 + 64])  # the table is at the end, as far as it goes
+    patch(path, header.l1_table_offset, end.to_bytes(8, "big"))
+    if dirty:
+        patch(path, h.FEATURES_AT, h.FEATURES_FIELDS.pack(h.DIRTY, 0, 0))
+        with pytest.raises(CommandError, match="L2 table"):
+            await qcow2_node(graph, path)
+        return
+    node = await qcow2_node(graph, path)
+    assert await fails(node.read(MiB // 2, memoryview(bytearray(512)))) == errno.EIO

@@ -113,6 +113,8 @@ async def _count_l1(image: Image, found: _References, offset: int, l1: Entries[i
         if not at:
             continue
         found.add(at, 1)
+        if at + (1 << bits) > image.file.size:
+            raise ImageError(f"the L2 table at {at:#x} is not in the image's file")
         table = t.load_entries(await image.read_file(at, 1 << bits))
         for l2_entry in table[::words]:
             if l2_entry & t.COMPRESSED_FLAG:

@@ -399,6 +399,8 @@ def _table_offset(image: Image, entry: int) -> int:
 
 
 async def _read_table(image: Image, at: int) -> Entries[int]:
+    if at + image.header.cluster_size > image.file.size:
+        raise image.damaged(ImageError(f"L2 table at {at:#x} is behind the end of the file"))
     return t.load_entries(await image.read_file(at, image.header.cluster_size))
 
 

@@ -198,7 +198,7 @@ class L2Cache:
             offset = table_offset(self.l1[index], bits)
         except ImageError as error:
             raise image.damaged(error) from error
-        if offset + (1 << bits) > image.fresh:
+        if offset + (1 << bits) > image.file.size:
             raise image.damaged(
                 ImageError(f"L2 table at {offset:#x} is behind the end of the file")
             )
