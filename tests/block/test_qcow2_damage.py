@@ -17,7 +17,7 @@ from nbdfleece.formats.qcow2.create import NewImage
 from nbdfleece.formats.qcow2.writer import ImageWriter
 from tests.block.test_qcow2_driver import qcow2_node
 from tests.support.driver_kit import fails, read, remove_all
-from tests.support.qcow2 import make_qcow2
+from tests.support.qcow2 import check_qcow2, make_qcow2
 
 MiB = 1 << 20
 SIZE = 2 * MiB
@@ -137,3 +137,30 @@ async def test_an_l2_table_that_was_cut_within_is_an_error_and_never_zeroes(
         return
     node = await qcow2_node(graph, path)
     assert await fails(node.read(MiB // 2, memoryview(bytearray(512)))) == errno.EIO
+
+
+@pytest.mark.parametrize("entry", ["refcount table", "unaligned"])
+async def test_what_a_damaged_entry_says_is_not_given_away_when_it_goes(
+    graph: Graph, tmp_path: Path, entry: str
+) -> None:
+    path = make_qcow2(tmp_path / "x.qcow2", NewImage(size=SIZE))
+    node = await qcow2_node(graph, path)
+    await node.write(0, memoryview(b"a" * 131072), fua=False)
+    await graph.remove(node)
+    header = header_of(path)
+    l1 = path.read_bytes()[header.l1_table_offset :][:8]
+    l2 = int.from_bytes(l1, "big") & ~(1 << 63)
+    first = int.from_bytes(path.read_bytes()[l2 : l2 + 8], "big")
+    wrong = header.refcount_table_offset if entry == "refcount table" else first | 512
+    patch(path, l2 + 8, (wrong | 1 << 63).to_bytes(8, "big"))
+    node = await qcow2_node(graph, path)
+    await node.discard(65536, 65536)
+    await node.flush()
+    await node.flush()
+    await node.write(MiB, memoryview(b"b" * MiB), fua=False)
+    await graph.remove(node)
+    node = await qcow2_node(graph, path)
+    assert await read(node, 0, 65536) == b"a" * 65536
+    assert await read(node, MiB, MiB) == b"b" * MiB
+    await graph.remove(node)
+    check_qcow2(path, leaks=True)

@@ -480,9 +480,9 @@ class RefcountCache:
             self._set_ones(self.blocks[number], cluster & (per_block - 1), 1)
             image.metadata.add(cluster)
         image.note_used(start, blocks + table_clusters)
-        image.frees.add(
-            header.refcount_table_offset, header.refcount_table_clusters << self._bits, OTHER
-        )
+        old_length = header.refcount_table_clusters << self._bits
+        image.forget_metadata(header.refcount_table_offset, old_length)
+        image.frees.add(header.refcount_table_offset, old_length, OTHER)
         image.header = replace(
             header,
             refcount_table_offset=(start + blocks) << self._bits,

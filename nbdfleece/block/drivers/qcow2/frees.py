@@ -16,7 +16,7 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from nbdfleece.base.errors import IoError
+from nbdfleece.base.errors import ImageError, IoError
 
 if TYPE_CHECKING:
     from nbdfleece.block.drivers.qcow2.image import Image
@@ -116,8 +116,12 @@ class Frees:
     async def _settle_one(self, free: Free) -> None:
         bits = self._image.header.cluster_bits
         self._image.decompressed.clear()  # their places may have other content soon
-        for first, count in await self._image.counts.last_references(free.first, free.clusters):
-            self._image.metadata.difference_update(range(first, first + count))
+        last = await self._image.counts.last_references(free.first, free.clusters)
+        for first, count in last:
+            if not self._image.metadata.isdisjoint(range(first, first + count)):
+                error = ImageError(f"metadata at {first << bits:#x} is said to be of the disk")
+                raise self._image.damaged(error)
+        for first, count in last:
             if not self.pass_discard[free.why]:
                 continue
             # Before anybody else may have the cluster.

@@ -71,7 +71,8 @@ class Image:
         fresh: See I2.
         is_changing: `begin_changes` has been done.
         decompressed: Compressed clusters that were read last, by their L2 entry.
-        metadata: Host clusters of metadata that is in memory: nothing else may be written there.
+        metadata: Host clusters of metadata that is in memory: nothing else may be written there,
+            and they are not free, whatever an entry says.
     """
 
     lazy = False
@@ -141,6 +142,11 @@ class Image:
             ),
         ):
             self.metadata.update(range(offset >> bits, (offset + length - 1 >> bits) + 1))
+
+    def forget_metadata(self, offset: int, length: int) -> None:
+        """Note that a table is no longer there."""
+        bits = self.header.cluster_bits
+        self.metadata.difference_update(range(offset >> bits, (offset + length - 1 >> bits) + 1))
 
     def note_used(self, cluster: int, count: int) -> bool:
         """Learn that host clusters are in use now; tell whether they read as zeroes (I2)."""

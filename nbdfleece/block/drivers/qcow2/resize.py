@@ -78,6 +78,7 @@ async def _grow_l1(image: Image, entries: int) -> None:
     tables.l1 = l1
     image.header = replace(image.header, l1_size=entries, l1_table_offset=offset)
     if header.l1_size:
+        image.forget_metadata(header.l1_table_offset, 8 * header.l1_size)
         image.frees.add(header.l1_table_offset, 8 * header.l1_size, OTHER)
     image.note_metadata()
 

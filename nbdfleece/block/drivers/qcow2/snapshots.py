@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError, ImageError, InUse, IoError, NotFound
 from nbdfleece.base.limits import MAX_QCOW2_FREES, MAX_QCOW2_SNAPSHOT_TABLE
-from nbdfleece.base.units import KiB, ceil_div
+from nbdfleece.base.units import KiB
 from nbdfleece.block.drivers.qcow2.counts import OTHER, SNAPSHOT
 from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2 import snapshots as table_of
@@ -235,9 +235,7 @@ class Snapshots:
         image.tables.l1 = l1
         await self._lower(old, OTHER)
         if before.l1_size:
-            first = before.l1_table_offset >> before.cluster_bits
-            count = ceil_div(8 * before.l1_size, before.cluster_size)
-            image.metadata.difference_update(range(first, first + count))
+            image.forget_metadata(before.l1_table_offset, 8 * before.l1_size)
             image.frees.add(before.l1_table_offset, 8 * before.l1_size, OTHER)
         image.note_metadata()
         await flag_own(self._image)
@@ -425,7 +423,7 @@ def _host_runs(image: Image, table: Entries[int]) -> Iterable[tuple[int, int]]:
             at, length = t.compressed_range(entry, bits)
             start = at >> bits
             here = (at + length - 1 >> bits) - start + 1
-        elif entry & t.OFFSET_MASK:
+        elif entry & t.OFFSET_MASK and not entry & t.OFFSET_MASK & image.geometry.inside_mask:
             start, here = (entry & t.OFFSET_MASK) >> bits, 1
         else:
             continue

@@ -365,6 +365,8 @@ class Writer:
             return
         if entry & t.COMPRESSED_FLAG:
             image.frees.add(*t.compressed_range(entry, self._bits), OTHER)
+        elif entry & t.OFFSET_MASK & self._geometry.inside_mask:
+            image.damaged(ImageError(f"cluster offset {entry & t.OFFSET_MASK:#x} unaligned"))
         elif entry & t.OFFSET_MASK:
             image.frees.add(entry & t.OFFSET_MASK, 1, why)
 
