@@ -268,6 +268,45 @@ async def test_a_snapshot_that_is_being_deleted_is_not_opened(
     assert opened < 40
 
 
+async def test_a_command_that_is_given_up_leaves_no_change_half_done(
+    tmp_path: Path,
+    program: Program,
+    graph: Graph,
+    rng: random.Random,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is in memory would not be what is on disk, and the rest of it be written there."""
+    path = create(program, tmp_path / "image", size=256 * KiB)
+    monkeypatch.setattr("nbdfleece.block.drivers.qcow2.image.QCOW2_GROW", 64 * KiB)
+    for change in ("delete", "create", "resize"):
+        for delay in range(0, 30, 3):
+            file = RecordingDriver(path.read_bytes(), rng)
+            await graph.add("file", file, read_only=False, discard_enabled=True)
+            options = {"driver": "qcow2", "node-name": "disk", "file": "file"}
+            node = await add_from_options(graph, options)
+            await write(node, 0, b"x" * 64 * KiB)
+            await internal_snapshots.create(node, "one")
+            running = asyncio.create_task(_change(graph, node, change))
+            await turns(delay)
+            running.cancel()
+            await asyncio.wait([running])
+            await write(node, 128 * KiB, b"y" * 64 * KiB)
+            expected = await read_all(node) if node.size < MiB else None
+            await remove_all(graph)
+            found = Image(bytes(file.content))
+            assert (found.check().corruptions, found.check().leaks) == ([], 0)
+            assert expected is None or found.content() == expected
+
+
+async def _change(graph: Graph, node: Node, change: str) -> None:
+    if change == "delete":
+        await internal_snapshots.delete(node, None, "one")
+    elif change == "create":
+        await internal_snapshots.create(node, "two")
+    else:
+        await graph.resize(node, 512 * MiB)
+
+
 async def _result(request: Awaitable[object]) -> object:
     try:
         return await request

@@ -299,14 +299,17 @@ class StoredBitmaps:
             return
         image = self._image
         try:
-            async with quiet(image.node), image.commanding:
-                wanted = {name: one for name, one in self._entries.items() if name != bitmap.name}
-                if len(wanted) < len(self._entries):  # it may be gone by now
-                    await image.begin_changes()
-                    await self._switch(wanted)
-                    await image.commit.run()
+            async with quiet(image.node):
+                await image.alone(lambda: self._forget(bitmap.name))
         except (ImageError, IoError) as error:
             raise CommandError(f"Failed to remove bitmap '{bitmap.name}': {error}") from error
+
+    async def _forget(self, name: str) -> None:
+        wanted = {each: entry for each, entry in self._entries.items() if each != name}
+        if len(wanted) < len(self._entries):  # it may be gone by now
+            await self._image.begin_changes()
+            await self._switch(wanted)
+            await self._image.commit.run()
 
 
 def _runs(bits: bytes | bytearray) -> Iterable[tuple[int, int]]:

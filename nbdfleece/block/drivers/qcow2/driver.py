@@ -169,22 +169,21 @@ class Qcow2Driver(Driver):
             self._decompressing.close()
             self._decompressing = None
         image = self.image
-        async with image.commanding:
-            # The one need not be possible for the other; as after a crash the image is whole, and
-            # lacks what was not written.
-            for write_out in (image.bitmaps.store, image.settle_all):
-                try:
-                    await write_out()
-                except (IoError, CommandError, ImageError) as error:
-                    _log.error("node '%s': closing: %s", self.node.name, error)
+        # The one need not be possible for the other; as after a crash the image is whole, and lacks
+        # what was not written.
+        for write_out in (image.bitmaps.store, image.settle_all):
+            try:
+                await image.alone(write_out)
+            except (IoError, CommandError, ImageError) as error:
+                _log.error("node '%s': closing: %s", self.node.name, error)
 
     async def truncate(self, size: int) -> None:
         """Make the disk longer or shorter; see Driver.truncate."""
-        async with self.image.commanding:
-            try:
-                await resize.resize(self.image, self._written(), size, self.reads_zero)
-            except ImageError as error:
-                raise CommandError(str(error)) from error
+        image, writer = self.image, self._written()
+        try:
+            await image.alone(lambda: resize.resize(image, writer, size, self.reads_zero))
+        except ImageError as error:
+            raise CommandError(str(error)) from error
 
     async def reopen_prepare(self, to: Reopening) -> None:
         """Write everything out, where nobody may write soon; see Driver.reopen_prepare."""
@@ -192,10 +191,9 @@ class Qcow2Driver(Driver):
         Qcow2Options.from_qmp(to.options)
         try:
             if not self.node.read_only:
-                async with image.commanding:
-                    if to.read_only:
-                        await image.bitmaps.store()
-                    await image.settle_all()
+                if to.read_only:
+                    await image.alone(image.bitmaps.store)
+                await image.alone(image.settle_all)
             if self.node.read_only and not to.read_only:
                 opening.check_writable(image.header, may_repair=False)
         except IoError as error:
@@ -249,15 +247,11 @@ class Qcow2Driver(Driver):
         if self.node.read_only:
             raise CommandError(f"Could not change backing file to '{name}': Image is read-only")
         image = self.image
-        async with quiet(self.node), image.commanding:
-            await image.begin_changes()
-            await image.commit.run(with_refcounts=True)
-            wanted = replace(image.header, backing_file=name or None)
-            wanted = wanted.with_extension(EXT_BACKING_FORMAT, driver.encode() if name else None)
-            try:
-                await image.write_header(wanted)
-            except ImageError as error:
-                raise CommandError(f"Could not change backing file to '{name}': {error}") from error
+        try:
+            async with quiet(self.node):
+                await image.alone(lambda: _name_backing(image, name, driver))
+        except ImageError as error:
+            raise CommandError(f"Could not change backing file to '{name}': {error}") from error
 
     # --- reading ---------------------------------------------------------------------------
 
@@ -644,6 +638,14 @@ class Qcow2Driver(Driver):
     async def allocated_size(self) -> int | None:
         """Return what the image's file takes; see Driver.allocated_size."""
         return await self.image.file.driver.allocated_size()
+
+
+async def _name_backing(image: Image, name: str, driver: str) -> None:
+    await image.begin_changes()
+    await image.commit.run(with_refcounts=True)
+    wanted = replace(image.header, backing_file=name or None)
+    wanted = wanted.with_extension(EXT_BACKING_FORMAT, driver.encode() if name else None)
+    await image.write_header(wanted)
 
 
 async def _read_padded(node: Node, offset: int, view: memoryview) -> None:

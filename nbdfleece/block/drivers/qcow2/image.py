@@ -9,10 +9,11 @@ Invariants
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from nbdfleece.base.errors import CommandError, ImageError, IoError
 from nbdfleece.base.limits import QCOW2_GROW
@@ -23,12 +24,17 @@ from nbdfleece.block.drivers.qcow2.counts import RefcountCache
 from nbdfleece.block.drivers.qcow2.frees import Frees
 from nbdfleece.block.drivers.qcow2.tables import L2Cache
 from nbdfleece.block.ranges import RangeList
+from nbdfleece.datapath.step import background
 from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2.tables import Geometry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from nbdfleece.block.node import Node
     from nbdfleece.formats.qcow2.tables import Entries
+
+T = TypeVar("T")
 
 _log: Final = logging.getLogger(__name__)
 
@@ -64,8 +70,6 @@ class Image:
         commit: Writes both.
         lazy: Refcounts are written late.
         writing: Guest clusters whose entries somebody is about to change.
-        commanding: Held by changes that commands make, in a drained section: several such sections
-            may be open at a time. Never by requests.
         frees: Host clusters that the disk lets go of (I1).
         bitmaps: Persistent ones.
         fresh: See I2.
@@ -100,7 +104,7 @@ class Image:
         self.counts: Final = RefcountCache(self, refcount_table, caches.refcounts)
         self.commit: Final = Commit(self)
         self.writing: Final = RangeList()
-        self.commanding: Final = asyncio.Lock()
+        self._commanding: Final = asyncio.Lock()  # never held by requests
         self.frees: Final = Frees(self)
         self.fresh = align_up(self.file.size, header.cluster_size)
         self.decompressed: dict[int, bytes] = {}
@@ -183,6 +187,26 @@ class Image:
                 raise self.damaged(
                     ImageError(f"data at {cluster << bits:#x} would overwrite metadata")
                 )
+
+    # --- changes by commands ---------------------------------------------------------------
+
+    async def alone(self, change: Callable[[], Coroutine[object, None, T]]) -> T:
+        """Carry out a change that a command makes, with no other one beside it.
+
+        A drained section does not see to that: several may be open at a time.
+
+        Raises:
+            What `change` does.
+
+        Cancel: before it has begun. Then it is of no effect: what is in memory would not be what is
+            on disk, nor what others have been told.
+        """
+        async with self._commanding:
+            running = background(change())
+            while not running.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([running])
+            return running.result()
 
     # --- the image's file ------------------------------------------------------------------
 

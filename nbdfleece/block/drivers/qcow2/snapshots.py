@@ -123,18 +123,15 @@ class Snapshots:
 
     async def create(self, name: str, date_s: int, date_ns: int) -> Snapshot:
         """See InternalSnapshots.create."""
-        async with self._image.commanding:
-            return await self._create(name, date_s, date_ns)
+        return await self._image.alone(lambda: self._create(name, date_s, date_ns))
 
     async def delete(self, wanted: str) -> None:
         """See InternalSnapshots.delete; a failure may leave leaks."""
-        async with self._image.commanding:
-            await self._delete(wanted)
+        await self._image.alone(lambda: self._delete(wanted))
 
     async def apply(self, wanted: str) -> None:
         """See InternalSnapshots.apply; the disk has the size of then."""
-        async with self._image.commanding:
-            await self._apply(wanted)
+        await self._image.alone(lambda: self._apply(wanted))
 
     async def _create(self, name: str, date_s: int, date_ns: int) -> Snapshot:
         image = self._image
