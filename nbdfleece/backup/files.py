@@ -6,13 +6,25 @@ All of it blocks. An `OSError` comes out as it is: `folder` says what was being 
 from __future__ import annotations
 
 import os
+import resource
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _MODE: Final = 0o600
+_SPARE: Final = 64  # files that are open besides those of a chain
 _NEW: Final = ".new"
+
+
+def allow_open(count: int) -> None:
+    """Let this process have so many files open, as far as it may: a chain can be very long."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _SPARE
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 class Files:

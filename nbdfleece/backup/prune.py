@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from nbdfleece.backup import chain
 from nbdfleece.backup.errors import BackupError, Damaged
-from nbdfleece.backup.files import Files
+from nbdfleece.backup.files import Files, allow_open
 from nbdfleece.backup.image import Image
 from nbdfleece.backup.layers import Layers
 from nbdfleece.backup.manifest import Change
@@ -117,6 +117,7 @@ def _merge(folder: DiskFolder, merge: Merge, files: Files) -> None:
 def _write(
     folder: DiskFolder, merge: Merge, fd: int, backing: str | None, *, compress: bool
 ) -> tuple[str, int]:
+    allow_open(len(merge.parts))
     with contextlib.ExitStack() as stack:
         images = [stack.enter_context(Image(folder.file(point))) for point in merge.parts]
         layers = Layers(images, check=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.backup import chain
 from nbdfleece.backup.errors import BackupError, NoBackup, WouldOverwrite
-from nbdfleece.backup.files import Files
+from nbdfleece.backup.files import Files, allow_open
 from nbdfleece.backup.folder import DiskFolder, disks
 from nbdfleece.backup.image import Image
 from nbdfleece.backup.layers import Layers
@@ -126,6 +126,7 @@ async def restore(
         folder = stack.enter_context(DiskFolder(source.folder, for_change=False))
         point = find_point(folder, source.instant)
         lineage = chain.lineage(folder.manifest, point)
+        allow_open(len(lineage))
         images = []
         for below in lineage:
             images.append(stack.enter_context(Image(folder.file(below))))

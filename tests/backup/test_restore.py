@@ -1,6 +1,7 @@
 import asyncio
 import os
 import random
+import resource
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from nbdfleece.backup.errors import BackupError, Damaged, NoBackup, WouldOverwrite
 from nbdfleece.backup.folder import DiskFolder
 from nbdfleece.backup.manifest import Point
+from nbdfleece.backup.prune import prune
 from nbdfleece.backup.restore import Source, parse_source, restore
+from nbdfleece.backup.retention import Retention
 from nbdfleece.base.errors import CommandError, ConfigError
 from tests.support.backups import CLUSTER, add_point, changed, some_disk
 from tests.support.loop_device import loop_device
@@ -224,3 +227,29 @@ async def test_two_restores_to_one_file_do_not_spoil_each_other(
     with pytest.raises(CommandError):
         seconds[0].result()
     assert sorted(os.listdir(tmp_path)) == ["backups", "target"]
+
+
+async def test_a_chain_longer_than_the_limit_of_open_files_comes_back_and_is_merged(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    """The limit is 1024 mostly: a point an hour for six weeks, and then the disk dies."""
+    disk = some_disk(rng, 4 * CLUSTER)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) + 20
+    with DiskFolder(tmp_path / "vda", for_change=True) as folder:
+        add_point(folder, disk)
+        for _ in range(60):
+            before, disk = disk, changed(rng, disk, count=1)
+            add_point(folder, disk, before=before)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used, limits[1]))
+            source, target = Source(tmp_path / "vda", ""), tmp_path / "target"
+            folder.close()
+            nothing = lambda *_: None  # noqa: E731
+            await restore(source, str(target), force=False, check=True, tell=nothing)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used, limits[1]))
+            with DiskFolder(tmp_path / "vda", for_change=True) as again:
+                prune(again, Retention({"last": 1}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert target.read_bytes() == disk
