@@ -289,6 +289,20 @@ async def test_a_disk_does_not_get_larger_than_its_bitmaps_can_be(
     assert node.bitmaps["b"].size == node.size == 1 << 40
 
 
+async def test_a_header_without_room_for_bitmaps_refuses_them_at_once(
+    tmp_path: Path, program: Program, graph: Graph
+) -> None:
+    path, name = tmp_path / "image", "n" * 360
+    run(program("qemu-img"), "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, SIZE)
+    run(program("qemu-img"), "rebase", "-u", "-f", "qcow2", "-b", name, "-F", "raw", path)
+    node = await open_image(graph, path, backing=None)
+    with pytest.raises(CommandError, match="exceed a cluster"):
+        await add(node, "b")
+    await write(node, 0, 512)
+    await remove_all(graph)
+    assert Image(content(path)).content()[:512] == b"x" * 512
+
+
 async def test_who_does_not_know_bitmaps_makes_them_void(
     image: Path, program: Program, graph: Graph
 ) -> None:

@@ -278,6 +278,11 @@ class StoredBitmaps:
             raise CommandError(f"{node}: Maximum number of persistent bitmaps is already reached")
         if name in self._entries:
             raise CommandError(f"{node}: Bitmap with the same name is already stored")
+        extension = b.encode_extension(b.Extension(1, 0, 0))
+        try:
+            h.encode_header(image.header.with_extension(h.EXT_BITMAPS, extension))
+        except ImageError as error:
+            raise CommandError(f"{node}: {error}") from error
         bitmap.persistent = True
 
     def check_size(self, size: int) -> None:
