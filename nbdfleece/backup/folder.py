@@ -35,7 +35,7 @@ from nbdfleece.backup.errors import BackupError, Damaged, FolderBusy, NoBackup
 from nbdfleece.backup.files import Files
 from nbdfleece.backup.manifest import Change, Manifest, Point
 from nbdfleece.backup.names import LOCK, MANIFEST, PARTIAL, parse_file_name
-from nbdfleece.base.limits import MAX_BACKUP_MANIFEST
+from nbdfleece.base.limits import MAX_BACKUP_MANIFEST, MAX_BACKUP_POINTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,6 +121,17 @@ class DiskFolder:
         known = {point.file for point in self.manifest.points} | set(self.manifest.garbage)
         return sorted(self.present() - known)
 
+    def check_room(self) -> None:
+        """Check that there may be one more point.
+
+        Raises:
+            BackupError: There are too many: nobody would understand the manifest any more.
+        """
+        if len(self.manifest.points) >= MAX_BACKUP_POINTS:
+            raise BackupError(
+                f"'{self.path}' has {MAX_BACKUP_POINTS} points, and may have no more: prune them"
+            )
+
     # --- changing ------------------------------------------------------------------------------
 
     def start(self, folder_id: str) -> None:
@@ -139,6 +150,8 @@ class DiskFolder:
         Raises:
             BackupError: It failed. Every point that was there still is.
         """
+        if self.manifest.point(change.add.name) is None:
+            self.check_room()
         with self._says(f"finish {change.add.file} in"):
             self._files.sync(fd)
             self._put(replace(self.manifest, pending=change))

@@ -326,6 +326,7 @@ def _open(options: BackupOptions, path: Path, opened: list[_Opened]) -> None:
         try:
             if folder.is_new:
                 folder.start(known)
+            folder.check_room()
             names = {point.name for point in folder.manifest.points}
             names |= {file.partition(".")[0] for file in folder.present()}
             opened.append(_Opened(folder, damage_of(folder), frozenset(names)))

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nbdfleece.backup.errors import Damaged, FolderBusy, NoBackup
+from nbdfleece.backup.errors import BackupError, Damaged, FolderBusy, NoBackup
 from nbdfleece.backup.folder import DiskFolder, disks
 from nbdfleece.backup.names import MANIFEST, PARTIAL
+from nbdfleece.backup.prune import prune
+from nbdfleece.backup.retention import Retention
 from tests.support.backups import (
     CLUSTER,
     FailingFiles,
@@ -141,3 +143,22 @@ def test_a_manifest_of_the_future_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(Damaged, match="another nbdfleece"):
         DiskFolder(path, for_change=True)
+
+
+def test_a_folder_that_is_full_takes_no_further_point_and_can_be_read(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("manifest", "folder"):
+        monkeypatch.setattr(f"nbdfleece.backup.{room}.MAX_BACKUP_POINTS", 2)
+    path = tmp_path / "vda"
+    states = [some_disk(rng, SIZE) for _ in range(3)]
+    with DiskFolder(path, for_change=True) as folder:
+        for state in states[:2]:
+            add_point(folder, state)
+        with pytest.raises(BackupError, match="prune"):
+            add_point(folder, states[2])
+    assert everything(path) == states[:2]
+    with DiskFolder(path, for_change=True) as folder:
+        assert [partial.name for partial in path.glob("*.partial")] == []
+        prune(folder, Retention({"last": 1}))
+        add_point(folder, states[2])
