@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import select
 import signal
 import sys
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _POLL_S: Final = 0.2
 _PIECE: Final = 1 << 20  # bytes read at once from the daemon's stream
 _WHAT: Final = "backup create"
+_JOB_PREFIX: Final = "backup-"  # named here: what is not answered yet can be given up by its name
+_JOB_ID_BYTES: Final = 4
 
 
 # --- create --------------------------------------------------------------------------------------
@@ -51,7 +54,8 @@ def create(args: argparse.Namespace) -> int:
         raise UsageError("nbdfleece backup create", "say where to: --to DIR, or --stdout")
     if args.stdout and sys.stdout.isatty():
         raise UsageError("nbdfleece backup create", "--stdout is a terminal; send it to a program")
-    arguments: dict[str, Json] = {"disks": args.disks}
+    job_id = f"{_JOB_PREFIX}{secrets.token_hex(_JOB_ID_BYTES)}"
+    arguments: dict[str, Json] = {"disks": args.disks, "job-id": job_id}
     for name in ("full", "compress", "discard"):
         if getattr(args, name):
             arguments[name] = True
@@ -59,10 +63,11 @@ def create(args: argparse.Namespace) -> int:
         arguments["speed"] = args.rate
     with _terminated_like_interrupted(), Client(control_socket(args.control)) as client:
         if args.stdout:
-            return _to_stdout(args, client, arguments)
+            return _to_stdout(args, client, arguments, job_id)
         arguments["dir"] = os.path.abspath(args.to)
-        run, late = begin(args, client, arguments)
-        run = _follow(args, client, run)
+        with _given_up_if_interrupted(client, job_id):
+            run, late = begin(args, client, arguments)
+            run = _follow(args, client, run)
     code = _report(args, run) or (FAILED if late else DONE)
     if code == DONE and retention.counts:
         return _prune(args, [Path(args.to) / disk for disk in args.disks], retention)
@@ -80,7 +85,7 @@ def begin(args: argparse.Namespace, client: Client, arguments: dict[str, Json]) 
         try:
             hooks.thaw()
         except TooLate:
-            _cancel(client, run)
+            _cancel(client, run.text("job-id"))
             raise
         except HookFailed as error:
             complain(_WHAT, f"{error}; the backup goes on")
@@ -102,33 +107,46 @@ def _follow(args: argparse.Namespace, client: Client, run: Row) -> Row:
             progress(run.number("done"), run.number("total"))
             time.sleep(_POLL_S)
             run = _look(client, run)
-    except KeyboardInterrupt:
-        progress.end()
-        complain(_WHAT, "interrupted; it is given up")
-        _cancel(client, run)
-        raise
     finally:
         progress.end()
     return run
 
 
 def _look(client: Client, run: Row) -> Row:
+    found = _find(client, run.text("job-id"))
+    if found is None:
+        raise NoDaemon("the daemon knows nothing of the backup: it has been restarted")
+    return found
+
+
+def _find(client: Client, job_id: str) -> Row | None:
     for found in client.query("query-fleece-backups"):
-        if found.text("job-id") == run.text("job-id"):
+        if found.text("job-id") == job_id:
             return found
-    raise NoDaemon("the daemon knows nothing of the backup: it has been restarted")
+    return None
 
 
-def _cancel(client: Client, run: Row) -> None:
-    """Give a backup up, and wait for that.
+@contextlib.contextmanager
+def _given_up_if_interrupted(client: Client, job_id: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain(_WHAT, "interrupted; it is given up")
+        _cancel(client, job_id)
+        raise
 
-    On a connection of its own: the other may have been interrupted between a command and its
-    answer.
+
+def _cancel(client: Client, job_id: str) -> None:
+    """Give a backup up, which may be still to begin, and wait for that.
+
+    On a connection of its own: `client`, which is of no use afterwards, may have been interrupted
+    between a command and its answer.
     """
+    client.run_out()
     with client.another() as fresh:
-        with contextlib.suppress(CommandFailed):  # it may have ended by itself
-            fresh.execute("job-cancel", {"id": run.text("job-id")})
-        while _look(fresh, run).text("state") == "running":
+        with contextlib.suppress(CommandFailed):  # it may have ended, or never begun
+            fresh.execute("job-cancel", {"id": job_id})
+        while (run := _find(fresh, job_id)) is not None and run.text("state") == "running":
             time.sleep(_POLL_S)
 
 
@@ -157,9 +175,11 @@ def _report(args: argparse.Namespace, run: Row) -> int:
     return BROKEN if all(part.value.get("broken") is True for part in failed) else FAILED
 
 
-def _to_stdout(args: argparse.Namespace, client: Client, arguments: dict[str, Json]) -> int:
+def _to_stdout(
+    args: argparse.Namespace, client: Client, arguments: dict[str, Json], job_id: str
+) -> int:
     """Let the daemon write to a FIFO of ours, and hand that on."""
-    with _fifo(args) as (path, fd):
+    with _fifo(args) as (path, fd), _given_up_if_interrupted(client, job_id):
         arguments["stream"] = str(path)
         run, late = begin(args, client, arguments)
         progress = _progress(args, args.disks[0])
@@ -178,8 +198,8 @@ def _to_stdout(args: argparse.Namespace, client: Client, arguments: dict[str, Js
                     break
                 sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
-        except BaseException:
-            _cancel(client, run)
+        except OSError:  # whoever reads has gone
+            _cancel(client, run.text("job-id"))
             raise
         finally:
             progress.end()

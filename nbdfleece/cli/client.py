@@ -170,6 +170,17 @@ class Client:
         """
         return Client(self._path)
 
+    def run_out(self) -> None:
+        """Send no more, and return when the daemon has carried out what was sent.
+
+        Whatever became of that; the connection, which may have been interrupted anywhere, is of no
+        further use.
+        """
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            while self._sock.recv(_READ):
+                pass
+
     def hang_up(self) -> None:
         """End the connection; who waits in `receive` is told so. Idempotent."""
         with contextlib.suppress(OSError):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.cli.backup import _cancel
-from nbdfleece.cli.client import Client, Row
+from nbdfleece.cli.client import Client
 from tests.support.daemon_process import Daemon, environment, make_disk, nbdfleece
 from tests.support.live import client
 
@@ -265,12 +266,58 @@ def test_a_command_interrupted_before_its_answer_gives_its_backup_up(
 ) -> None:
     with Client(str(daemon.control)) as interrupted:
         slow = {"job-id": "slow", "disks": ["vda"], "dir": str(to), "speed": 65536}
-        run = Row(interrupted.execute("fleece-backup", slow))
+        interrupted.execute("fleece-backup", slow)
         interrupted.send({"execute": "query-fleece-backups"})  # and nobody takes the answer
-        _cancel(interrupted, run)
+        _cancel(interrupted, "slow")
     with Client(str(daemon.control)) as after:
         (ended,) = after.query("query-fleece-backups")
         assert ended.text("state") == "cancelled"
+
+
+def test_an_interrupted_stream_is_given_up(daemon: Daemon) -> None:
+    slow = ("backup", "create", "vda", "--stdout", "--rate", "64K")
+    with started(daemon, *slow, stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        assert command.stdout.read(1)
+        command.send_signal(signal.SIGINT)
+        assert "it is given up" in command.stderr.read()
+        assert command.wait(30) == 130
+    assert daemon.run("snapshot", "list").out == ""
+    with Client(str(daemon.control)) as after:
+        (ended,) = after.query("query-fleece-backups")
+        assert ended.text("state") == "cancelled"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_backup_interrupted_before_it_has_begun_is_given_up(
+    daemon: Daemon, to: Path, number: int
+) -> None:
+    silent = str(daemon.folder / "silent")
+    with socket.socket(socket.AF_UNIX) as server, Client(str(daemon.control)) as other:
+        server.bind(silent)
+        server.listen()
+        # Whoever changes what is served waits for this one.
+        location = f"nbd+unix:///x?socket={silent}"
+        adding = {"execute": "fleece-disk-add", "arguments": {"disk": "x", "location": location}}
+        other.send(adding)
+        connection, _ = server.accept()
+        with started(daemon, "backup", "create", "vda", "--to", to, "--rate", "64K") as command:
+            assert command.stderr is not None
+            deadline = time.monotonic() + 30
+            while not (to / "vda").exists():  # the daemon has begun
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            command.send_signal(number)
+            assert "it is given up" in command.stderr.readline()
+            assert command.poll() is None
+            connection.close()
+            server.close()
+            assert command.wait(30) == 130
+            assert "Traceback" not in command.stderr.read()
+        assert "error" in other.receive()
+        assert [run.text("state") for run in other.query("query-fleece-backups")] == ["cancelled"]
+    assert daemon.run("snapshot", "list").out == ""
 
 
 # --- hooks ---------------------------------------------------------------------------------------
