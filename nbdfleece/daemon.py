@@ -60,7 +60,7 @@ from nbdfleece.server.tls import TlsCredentials
 from nbdfleece.server.tokens import Tokens, clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from nbdfleece.server.listener import Listener
 
@@ -202,6 +202,8 @@ class Daemon:
         self._tokens = Tokens(clock)
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Lock()
+        self._start_limit: asyncio.Timeout | None = None  # while it starts
+        self._is_ready = False
         self._forget: list[Callable[[], None]] = []  # removes files of ours, when cut short
 
     async def run(self, plan: _Plan) -> int:
@@ -221,27 +223,43 @@ class Daemon:
             control = Control(self._settings.control, tasks)
             jobs = JobManager(tasks)
             watch_limits(self._graph, self._exports, tasks)
+            fleece = Fleece(self._graph, self._exports, self._state, self._tokens)
+            self._watch_signals(tasks, plan)
             try:
-                fleece = await self._start(plan, server, control, jobs)
+                if await self._until_told_to_stop(self._start(plan, server, control, jobs, fleece)):
+                    self._ready(server)
+                    await self._stopping.wait()
             except NbdfleeceError as error:
                 self.failure = error
-                await control.stop(timeout_s=0)
-            else:
-                self._watch_signals(tasks, plan)
-                self._ready(server)
-                await self._stopping.wait()
-                code = await self._stop(server, control, jobs, fleece)
+            # Also after a failure: bitmaps in an image that was opened are to be written back.
+            code = await self._stop(server, control, jobs, fleece)
         self._state.close()
         self._remove_files()
         return code
 
+    async def _until_told_to_stop(self, starting: Coroutine[object, None, None]) -> bool:
+        """Tell whether what starts the daemon came to its end, or was cut short by a signal."""
+        try:
+            async with asyncio.timeout(None) as self._start_limit:
+                await starting
+        except TimeoutError:
+            if not self._stopping.is_set():  # of somebody else, then
+                raise
+            _log.info("told to stop before it was ready")
+            return False
+        finally:
+            self._start_limit = None
+        return True
+
     async def _start(
-        self, plan: _Plan, server: Server, control: Control, jobs: JobManager
-    ) -> Fleece:
+        self, plan: _Plan, server: Server, control: Control, jobs: JobManager, fleece: Fleece
+    ) -> None:
         """Take what may be ours alone, open the disks, then let clients in.
 
         Raises:
-            NbdfleeceError: Something is not to be had.
+            NbdfleeceError: Something is not to be had. What was opened stays so until `_stop`.
+
+        Cancel: as after an error.
         """
         await asyncio.to_thread(self._state.open)
         _make_folder_of(self._settings.control)
@@ -249,7 +267,6 @@ class Daemon:
         self._forget.append(control.close)
         for warning in await asyncio.to_thread(self._state.clear_leftovers):
             _log.warning("%s", warning)
-        fleece = Fleece(self._graph, self._exports, self._state, self._tokens)
         events = Events()
         fleece.news.subscribe(events.fleece_news)
         server.news.subscribe(events.client_news)
@@ -277,7 +294,6 @@ class Daemon:
                 Backups(fleece, self._graph, jobs),
             )
         )
-        return fleece
 
     async def _listen(self, server: Server, plan: _Plan) -> None:
         for address, tls in plan.listen:
@@ -299,7 +315,8 @@ class Daemon:
         loop = asyncio.get_running_loop()
 
         def reload() -> None:
-            tasks.create_task(self._reload(plan), name="reload")
+            if not self._stopping.is_set():
+                tasks.create_task(self._reload(plan), name="reload")
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_stop, number)
@@ -312,11 +329,14 @@ class Daemon:
             os._exit(EXIT_FORCED)
         _log.info("%s: stopping", signal.Signals(number).name)
         self._stopping.set()
+        if self._start_limit is not None:
+            self._start_limit.reschedule(asyncio.get_running_loop().time())
 
     async def _reload(self, plan: _Plan) -> None:
         """Read certificates and policy again; what is broken stays as it was. Clients stay too."""
         async with self._reloading:
-            _notify(f"RELOADING=1\nMONOTONIC_USEC={_monotonic_us()}")
+            if self._is_ready:
+                _notify(f"RELOADING=1\nMONOTONIC_USEC={_monotonic_us()}")
             if plan.credentials is not None:
                 await _read_again("TLS credentials", plan.credentials.reload)
                 _warn_of_expiry(plan.credentials)
@@ -324,7 +344,8 @@ class Daemon:
                 await _read_again("policy", plan.policy.reload)
             if plan.credentials is None and plan.policy is None:
                 _log.info("SIGHUP: there is nothing to read again")
-            _notify("READY=1")
+            if self._is_ready and not self._stopping.is_set():
+                _notify("READY=1")
 
     def _ready(self, server: Server) -> None:
         for disk in self._exports:
@@ -333,6 +354,7 @@ class Daemon:
             sys.stdout.write(f"{uri}\n" if self._settings.print_uri else f"{name} {uri}\n")
         with contextlib.suppress(OSError):  # nobody reads: no reason not to serve
             sys.stdout.flush()
+        self._is_ready = True
         _notify(f"READY=1\nSTATUS=serving {len(list(self._exports))} disks")
         interval_s = _watchdog_interval_s(os.environ, os.getpid())
         if interval_s is not None:
@@ -368,6 +390,8 @@ class Daemon:
             self._settings.drain_timeout_s,
         )
         self._remove_files()
+        if self.failure is not None:
+            _log.error("could not start: %s", self.failure)
         # Threads that are stuck in the kernel must not keep the program from ending.
         os._exit(EXIT_FORCED)
 

@@ -119,6 +119,7 @@ class StorageDaemon:
         self._graph = Graph()
         self._exports = Exports(self._graph)
         self._stopping = asyncio.Event()
+        self._start_limit: asyncio.Timeout | None = None  # while options are carried out
         self._chardevs: dict[str, Control] = {}
         self._monitors: dict[str, Control] = {}  # those of _chardevs that are to answer
         self._pid_file: Path | None = None
@@ -130,24 +131,30 @@ class StorageDaemon:
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._stopping.set)
+            loop.add_signal_handler(number, self._asked_to_stop)
         server = Server(self._exports, ServerOptions())
         async with asyncio.TaskGroup() as tasks, server:
             jobs = JobManager(tasks)
             context = self._context(server, jobs)
             watch_limits(self._graph, self._exports, tasks)
             try:
-                for name, value in self._settings.options:
-                    await self._carry_out(context, tasks, name, value)
-                self._write_pid_file()
+                is_complete = await self._carry_all_out(context, tasks)
+                if is_complete:
+                    self._write_pid_file()
             except NbdfleeceError as error:
                 self.failure = error
-            else:
+                is_complete = False
+            if is_complete:
                 for control in self._monitors.values():
                     control.start(context)
                 self._ready()
                 await self._stopping.wait()
             return await self._stop(server, jobs)
+
+    def _asked_to_stop(self) -> None:
+        self._stopping.set()
+        if self._start_limit is not None:
+            self._start_limit.reschedule(asyncio.get_running_loop().time())
 
     def _context(self, server: Server, jobs: JobManager) -> Context:
         events = Events()
@@ -171,6 +178,24 @@ class StorageDaemon:
         )
 
     # --- options ---------------------------------------------------------------------------------
+
+    async def _carry_all_out(self, context: Context, tasks: asyncio.TaskGroup) -> bool:
+        """Do what the options say; tell whether that was done, or cut short by a signal.
+
+        Raises:
+            CommandError: One cannot be carried out.
+        """
+        try:
+            async with asyncio.timeout(None) as self._start_limit:
+                for name, value in self._settings.options:
+                    await self._carry_out(context, tasks, name, value)
+        except TimeoutError:
+            if not self._stopping.is_set():  # of somebody else, then
+                raise
+            return False
+        finally:
+            self._start_limit = None
+        return True
 
     async def _carry_out(
         self, context: Context, tasks: asyncio.TaskGroup, name: str, value: str

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,48 @@ def test_a_signal_ends_it_cleanly(short_tmp: Path, disk: Path, number: int) -> N
         assert list(daemon.state.glob("*/snapshots/*")) == []
         facts = json.loads((daemon.state / "vda" / "disk.json").read_text())
         assert facts["mtime-ns"] == disk.stat().st_mtime_ns
+
+
+@pytest.mark.interop("qemu-img")
+def test_a_start_that_fails_keeps_what_is_in_the_images(short_tmp: Path) -> None:
+    image, names = image_with_a_bitmap(short_tmp)
+    code, said = refused(short_tmp, f"vda={image},format=qcow2", "nowhere.raw")
+    assert (code, "No such file" in said) == (5, True)
+    assert names() == [("b0", ["auto"])]
+
+
+@pytest.mark.interop("qemu-img")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly_before_it_is_ready(short_tmp: Path, number: int) -> None:
+    image, names = image_with_a_bitmap(short_tmp)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(short_tmp / "silent"))
+        silent.listen()
+        disks = [f"vda={image},format=qcow2", f"vdb=nbd+unix:///x?socket={short_tmp}/silent"]
+        with Daemon(short_tmp, *disks) as daemon:
+            connection, _ = silent.accept()
+            daemon.process.send_signal(signal.SIGHUP)  # which asks for nothing of this
+            assert daemon.stop(number) == 0
+            connection.close()
+            assert "told to stop before it was ready" in daemon.errors()
+            assert "Traceback" not in daemon.errors()
+            assert not daemon.control.exists()
+    assert names() == [("b0", ["auto"])]
+
+
+def image_with_a_bitmap(folder: Path) -> tuple[Path, Callable[[], list[tuple[str, list[str]]]]]:
+    """Return an image, and what tells the names and flags of its bitmaps."""
+    image = folder / "image.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+    subprocess.run(["qemu-img", "bitmap", "--add", image, "b0"], check=True)
+
+    def names() -> list[tuple[str, list[str]]]:
+        command = ["qemu-img", "info", "--output=json", image]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        bitmaps = found["format-specific"]["data"]["bitmaps"]
+        return [(each["name"], each["flags"]) for each in bitmaps]
+
+    return image, names
 
 
 def test_hup_does_not_kill(short_tmp: Path, disk: Path) -> None:

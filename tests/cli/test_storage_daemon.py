@@ -208,3 +208,21 @@ def test_a_chardev_waits_for_its_client(short_tmp: Path) -> None:
         finally:
             process.terminate()
             process.wait(START_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_it_while_it_waits_for_a_client(short_tmp: Path, number: int) -> None:
+    options = ["--chardev", "socket,id=w,path=wait.sock,server=on", "--monitor", "w"]
+    command = [sys.executable, "-m", "nbdfleece", NAME, *options]
+    with subprocess.Popen(
+        command, cwd=short_tmp, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            assert "waiting for connection on" in process.stderr.readline()
+            process.send_signal(number)
+            assert process.wait(START_S) == 0
+            assert process.stderr.read() == ""
+            assert not (short_tmp / "wait.sock").exists()
+        finally:
+            process.kill()
