@@ -348,12 +348,14 @@ class Daemon:
                 _notify("READY=1")
 
     def _ready(self, server: Server) -> None:
-        for disk in self._exports:
-            name = disk.options.name
-            uri = next(iter(uris(server, name)), "")
-            sys.stdout.write(f"{uri}\n" if self._settings.print_uri else f"{name} {uri}\n")
-        with contextlib.suppress(OSError):  # nobody reads: no reason not to serve
+        try:
+            for disk in self._exports:
+                name = disk.options.name
+                uri = next(iter(uris(server, name)), "")
+                sys.stdout.write(f"{uri}\n" if self._settings.print_uri else f"{name} {uri}\n")
             sys.stdout.flush()
+        except OSError:  # nobody reads: no reason not to serve, nor to fail at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self._is_ready = True
         _notify(f"READY=1\nSTATUS=serving {len(list(self._exports))} disks")
         interval_s = _watchdog_interval_s(os.environ, os.getpid())

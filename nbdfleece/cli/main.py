@@ -67,6 +67,7 @@ _ALONE: Final = frozenset({"-h", "--help", "--version"})  # without a command
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
+    _open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     for name in (tuple(words[:1]), tuple(words[:2])):
         if name in NOT_BUILT:
@@ -79,19 +80,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_first(what)
         args = build_parser(__version__).parse_args(words)
         what = args.command
-        return _COMMANDS[what](args)
+        code = _COMMANDS[what](args)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         complain(_without_program(error.command), f"{error} (see {error.command} --help)")
         return USAGE
     except NbdfleeceError as error:
         complain(what, str(error))
         return code_of(error)
-    except BrokenPipeError:
-        # Whoever read our output has had enough; the interpreter must not complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # whoever read our output has had enough
+            place = "" if error.filename is None else f"'{error.filename}': "
+            complain(what, f"{place}{error.strerror or error}")
+        _give_up_unwritten()
         return FAILED
     except KeyboardInterrupt:
         return 130
+
+
+def _open_standard_streams() -> None:
+    """Let nothing else take the place of a standard stream that we were started without.
+
+    A disk could get its descriptor, and then, whatever is said on stderr.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest descriptor that is free: this one
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
+
+
+def _give_up_unwritten() -> None:
+    """Lose output that cannot be written, without complaints of the interpreter at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_first(word: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nbdfleece import __version__
-from tests.support.daemon_process import Daemon, make_disk, nbdfleece
+from tests.support.daemon_process import Daemon, environment, make_disk, nbdfleece
 
 
 def test_version() -> None:
@@ -71,6 +73,21 @@ def test_wrong_usage(command: list[str]) -> None:
 def test_what_a_newcomer_gets_wrong_is_said_in_plain_words(command: list[str], text: str) -> None:
     done = nbdfleece(*command)
     assert (done.code, done.err) == (2, f"nbdfleece: {text}\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "nbdfleece", "completion", "bash"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(PYTHONUNBUFFERED=unbuffered),
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "nbdfleece: completion: No space left on device\n"
 
 
 @pytest.mark.parametrize("command", ["status", "health", "snapshot list", "client list"])

@@ -54,6 +54,15 @@ def test_print_uri_prints_nothing_else(short_tmp: Path, disk: Path) -> None:
         assert daemon.ready() == [daemon.uri("vda")]
 
 
+@pytest.mark.parametrize("stdout", [">&-", ">/dev/full", "<&- >&- 2>&-"])
+async def test_nobody_need_hear_that_it_is_ready(short_tmp: Path, disk: Path, stdout: str) -> None:
+    with Daemon(short_tmp, f"vda={disk}", stdout=stdout) as daemon:
+        await eventually(lambda: daemon.run("health").code == 0)
+        descriptors = Path(f"/proc/{daemon.process.pid}/fd")
+        assert not {os.readlink(descriptors / str(fd)) for fd in range(3)} & {str(disk)}
+        assert daemon.stop() == 0
+
+
 def test_sockets_and_state_are_the_owners_alone(short_tmp: Path, disk: Path) -> None:
     with Daemon(short_tmp, f"vda={disk}") as daemon:
         daemon.ready()

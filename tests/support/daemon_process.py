@@ -61,6 +61,7 @@ class Daemon:
         state: Path | None = None,
         python: str = sys.executable,
         pass_fds: Sequence[int] = (),
+        stdout: str = "",
     ) -> None:
         self.folder = folder
         self.socket = folder / "nbd.sock"
@@ -70,6 +71,8 @@ class Daemon:
         command = [python, "-m", "nbdfleece", "serve"]
         command += ["--listen", f"unix:{self.socket}", "--control", str(self.control)]
         command += ["--state-dir", str(self.state), *map(str, args)]
+        if stdout:  # as a shell redirects it
+            command = ["sh", "-c", f'exec "$@" {stdout}', "sh", *command]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 command,
