@@ -197,6 +197,7 @@ class Client:
             for message in self._messages:
                 if isinstance(message, Mapping):
                     return message
+                raise self.gone(f"what it sends makes no sense: {message.text}")
             data = self._sock.recv(_READ)
             if not data:
                 raise self.gone("the daemon closed the connection")

@@ -21,7 +21,7 @@ from nbdfleece.base.limits import MAX_QMP_QUEUE
 from nbdfleece.control.dispatch import Dispatcher
 from nbdfleece.protocol.qmp import messages
 from nbdfleece.protocol.qmp.framing import BadMessage, Framer, TooMuch
-from nbdfleece.protocol.qmp.values import encode
+from nbdfleece.protocol.qmp.values import encode_shown
 
 if TYPE_CHECKING:
     import socket
@@ -66,7 +66,7 @@ class Monitor:
         Cancel: drops the connection, and abandons a running command.
         """
         unsubscribe = self._context.events.published.subscribe(self._event)
-        self._put(encode(messages.greeting(self._version)))
+        self._put(encode_shown(messages.greeting(self._version)))
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._reader = tasks.create_task(self._read())
@@ -88,7 +88,7 @@ class Monitor:
         try:
             await self._read_requests()
         except TooMuch as error:
-            self._put(encode(_refusal(str(error))))
+            self._put(encode_shown(_refusal(str(error))))
         except OSError as error:
             _log.debug("monitor: %s", error)
         finally:
@@ -112,11 +112,11 @@ class Monitor:
 
     async def _handle(self, message: Mapping[str, Json] | BadMessage) -> None:
         if isinstance(message, BadMessage):
-            self._put(encode(_refusal(message.text)))
+            self._put(encode_shown(_refusal(message.text)))
         else:
             self._busy = True
             try:
-                self._put(encode(await self._dispatcher.answer(message)))
+                self._put(encode_shown(await self._dispatcher.answer(message)))
             finally:
                 self._busy = False
         # Only the writer can end this wait, and it waits for the client alone.
@@ -138,7 +138,7 @@ class Monitor:
             return
         if self._events >= MAX_QMP_QUEUE:
             self._drop_oldest_event()
-        self._queue.append((True, encode(event)))
+        self._queue.append((True, encode_shown(event)))
         self._events += 1
         self._changed.set()
 

@@ -63,6 +63,15 @@ async def test_nobody_need_hear_that_it_is_ready(short_tmp: Path, disk: Path, st
         assert daemon.stop() == 0
 
 
+def test_file_names_that_are_no_text_are_shown(short_tmp: Path) -> None:
+    disk = make_disk(short_tmp / "\udcff.raw", SIZE)
+    with Daemon(short_tmp, f"vda={disk}", "--listen", f"unix:{short_tmp}/\udcfe") as daemon:
+        daemon.ready()
+        (found,) = daemon.run("disk", "list", "--json").json
+        assert found["location"] == f"{short_tmp}/\ufffd.raw"
+        assert f"unix:{short_tmp}/\ufffd" in daemon.run("status").out
+
+
 def test_sockets_and_state_are_the_owners_alone(short_tmp: Path, disk: Path) -> None:
     with Daemon(short_tmp, f"vda={disk}") as daemon:
         daemon.ready()

@@ -6,7 +6,7 @@ import pytest
 
 from nbdfleece.base.errors import CommandError
 from nbdfleece.protocol.qmp import messages
-from nbdfleece.protocol.qmp.values import encode
+from nbdfleece.protocol.qmp.values import encode, encode_shown
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,14 @@ def test_event() -> None:
         "event": "E",
         "data": {"a": 1},
     }
+
+
+def test_what_is_no_text_is_shown_as_such() -> None:
+    value = {"a\udcff": ["\ud83d\ude00", "\U0001f600", "\\ud800", 1.5]}
+    shown = encode_shown(value)
+    assert shown.isascii()
+    assert json.loads(shown) == {"a\ufffd": ["\ufffd\ufffd", "\U0001f600", "\\ud800", 1.5]}
+    assert encode_shown({"a": "é"}) == encode({"a": "é"})
 
 
 def test_encoded_messages_are_one_line_of_ascii() -> None:
