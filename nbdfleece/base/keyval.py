@@ -31,6 +31,7 @@ _WORDS: Final = {
     **dict.fromkeys(("on", "yes", "true", "y"), True),
     **dict.fromkeys(("off", "no", "false", "n"), False),
 }
+_MAX_DIGITS: Final = 128  # of a number; leading zeroes are digits
 _MAX_FRAGMENTS: Final = 64  # nested objects of one key
 _MAX_FRAGMENT: Final = 127  # characters, as in QEMU
 
@@ -57,7 +58,7 @@ class Spelled(str):
         Raises:
             CommandError: It is none.
         """
-        if _INTEGER.fullmatch(self) is None:
+        if _INTEGER.fullmatch(self) is None or len(self) > _MAX_DIGITS:
             raise CommandError(f"Parameter '{path}' expects integer")
         return int(self, 16 if "x" in self.lower() else 10)
 

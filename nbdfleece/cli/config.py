@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Value = str | int | float | bool | list[str]
 
 _CONFIG_LIMIT: Final = 1 << 20  # bytes
+_LONGEST_S: Final = 1e9  # what is longer is no time, and 0 says never
 _LATER: Final = ("metrics",)
 
 
@@ -69,9 +70,9 @@ def _count(value: object) -> Value | None:
 def _seconds(value: object) -> Value | None:
     if isinstance(value, str):
         return parse_duration(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    return float(value) if 0 <= value <= _LONGEST_S else None  # nor nan, nor inf
 
 
 _KEYS: Final[Mapping[str, tuple[str, Callable[[object], Value | None]]]] = {
@@ -151,6 +152,10 @@ class ConfigFile:
             found_line = re.search(r"line (\d+)", str(error))
             line = int(found_line[1]) if found_line else max(len(text.splitlines()), 1)
             raise ConfigError(f"{path}:{line}: {error}") from error
+        except ValueError as error:  # a number of thousands of digits
+            raise ConfigError(f"{path}: {error}") from error
+        except RecursionError as error:
+            raise ConfigError(f"{path}: nested too deeply") from error
         self._lines = text.splitlines()
         for key, value in found.items():
             self.values[key] = self._check(key, value)

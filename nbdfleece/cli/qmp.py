@@ -66,6 +66,8 @@ def _object(text: str) -> Mapping[str, Json]:
         value: Json = json.loads(text)
     except ValueError as error:
         raise BadLine(f"arguments: no JSON: {error}") from error
+    except RecursionError as error:
+        raise BadLine("arguments: nested too deeply") from error
     if not isinstance(value, Mapping):
         raise BadLine('arguments: must be a JSON object, such as {"name": "value"}')
     return value

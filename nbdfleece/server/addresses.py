@@ -8,6 +8,7 @@ all addresses of the machine are meant. `vsock:any:PORT` is every context id.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import quote
@@ -25,6 +26,7 @@ _FIRST_INHERITED_FD: Final = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
 _UNSPECIFIED_HOSTS: Final = ("", "0.0.0.0", "::")  # noqa: S104 - only shown
 _MAX_PORT: Final = 0xFFFF
 _MAX_U32: Final = 0xFFFFFFFF
+_MAX_FD: Final = 0x7FFFFFFF
 _TLS_MODES: Final = {"off": TlsMode.OFF, "allow": TlsMode.ALLOW, "require": TlsMode.REQUIRE}
 _SHOWN_PLAIN: Final = "@"  # in export names of URIs: DISK@SNAPSHOT stays readable
 
@@ -42,7 +44,7 @@ class UnixAddress:
     def uri(self, export: str, *, tls: bool = False) -> str:
         """Return the NBD URI of an export here."""
         name = quote(export, safe=_SHOWN_PLAIN)
-        return f"{_scheme(tls)}+unix:///{name}?socket={quote(self.path)}"
+        return f"{_scheme(tls)}+unix:///{name}?socket={quote(os.fsencode(self.path))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ def parse_listen(text: str) -> Address:
         number = VSOCK_ANY if cid == "any" else _number(text, cid, _MAX_U32)
         return VsockAddress(number, _number(text, port, _MAX_U32))
     if kind == "fd":
-        return FdAddress(_number(text, rest, _MAX_U32))
+        return FdAddress(_number(text, rest, _MAX_FD))
     raise ConfigError(f"'{text}': '{kind}' is none of unix, tcp, vsock and fd")
 
 
@@ -164,7 +166,7 @@ def _bracketed(host: str) -> str:
 
 
 def _parse_unix(path: str) -> UnixAddress:
-    if len(path.encode()) > MAX_UNIX_PATH:
+    if len(os.fsencode(path)) > MAX_UNIX_PATH:
         raise ConfigError(f"'unix:{path}': the path is longer than {MAX_UNIX_PATH} bytes")
     if "\0" in path:
         raise ConfigError("unix: the path contains a NUL byte")
@@ -184,6 +186,7 @@ def _parse_tcp(text: str, rest: str) -> TcpAddress:
 
 def _number(text: str, digits: str, most: int) -> int:
     """Return the number in `digits`, between 0 and `most`."""
-    if not (digits.isascii() and digits.isdigit()) or int(digits) > most:
+    is_number = digits.isascii() and digits.isdigit() and len(digits.lstrip("0")) <= len(str(most))
+    if not is_number or int(digits) > most:
         raise ConfigError(f"'{text}': '{digits}' is not a number between 0 and {most}")
     return int(digits)

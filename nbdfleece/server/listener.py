@@ -140,6 +140,8 @@ async def open_listener(address: Address) -> Listener:
         raise ConfigError(
             f"cannot listen on {address.describe()}: {error.strerror or error}"
         ) from error
+    except ValueError as error:  # of Python's own, of names that no system call is asked about
+        raise ConfigError(f"cannot listen on {address.describe()}: {error}") from error
 
 
 # --- unix ------------------------------------------------------------------------------------

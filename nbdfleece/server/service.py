@@ -8,6 +8,7 @@ Errors speak QEMU's words where QEMU knows the error.
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -144,12 +145,20 @@ class NbdService:
 
 
 def _checked(address: Address) -> Address:
-    """Return a unix address whose path fits.
+    """Return a unix address whose path is one, and fits.
 
     Raises:
         ConfigError: It does not.
     """
-    if isinstance(address, UnixAddress) and not 0 < len(address.path.encode()) <= MAX_UNIX_PATH:
+    if not isinstance(address, UnixAddress):
+        return address
+    try:
+        path = os.fsencode(address.path)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        path = b"\0"
+    if b"\0" in path:
+        raise ConfigError(f"UNIX socket path {address.path!a} is not a file name")
+    if not 0 < len(path) <= MAX_UNIX_PATH:
         raise ConfigError(f"UNIX socket path '{address.path}' is too long")
     return address
 
@@ -157,6 +166,9 @@ def _checked(address: Address) -> Address:
 def _in_qemus_words(address: Address, error: ConfigError) -> str:
     """Return why a server could not listen, as QEMU says it."""
     cause = error.__cause__
+    if isinstance(cause, UnicodeError) and isinstance(address, TcpAddress):
+        where = f"{address.host}:{address.port}"
+        return f"address resolution failed for {where}: Name or service not known"
     if not isinstance(cause, OSError):
         return str(error)
     if isinstance(cause, socket.gaierror) and isinstance(address, TcpAddress):

@@ -167,6 +167,8 @@ def test_lines() -> None:
         parse_line("x y")
     with pytest.raises(BadLine):
         parse_line("x 5")
+    with pytest.raises(BadLine):
+        parse_line("x " + "[" * 100000)
 
 
 SCHEMA = [

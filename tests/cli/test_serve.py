@@ -232,6 +232,8 @@ def test_a_state_file_of_another_version_is_named(short_tmp: Path, disk: Path) -
         (["vda=QCOW2"], 1, "looks like a qcow2 image"),
         (["--listen", "udp:1", "vda=DISK"], 2, "udp"),
         (["--listen", "tcp:0.0.0.0:0", "vda=DISK"], 2, "--allow-insecure"),
+        (["--listen", "tcp:a..b:1", "vda=DISK"], 2, "cannot listen on tcp:a..b:1"),
+        (["--listen", "fd:4294967295", "vda=DISK"], 2, "is not a number between"),
         (["--tls-creds", "/no", "vda=DISK"], 2, "'/no' is not a folder"),
         (["--tls-creds", "FOLDER", "vda=DISK"], 2, "server-cert.pem"),
         (["--tls-verify-peer", "maybe", "vda=DISK"], 2, "--tls-verify-peer"),
@@ -428,6 +430,8 @@ def test_config_file_and_the_command_line_over_it(short_tmp: Path, disk: Path) -
         ('disks = ["DISK"]\nmax-request-bytes = "many"\n', 2, "not a size"),
         ('disks = ["DISK"]\nmetrics = "x:1"\n', 2, "'metrics' is not built yet"),
         ('drain-timeout = "soon"\n', 1, "not a duration"),
+        ("drain-timeout = nan\n", 1, "expected seconds"),
+        ("drain-timeout = inf\n", 1, "expected seconds"),
         ('listen = ["unix:x"]\ndisks = ["vda=DISK,x=1"]\n', 2, "unknown key 'x'"),
         ('disks = ["DISK"]\n\nlisten = ["unix:x",\n "udp:1"]\n', 4, "udp"),
     ],
@@ -442,6 +446,15 @@ def test_check_config_names_file_and_line(
     assert done.err.count("\n") == 1
     assert says in done.err
     assert done.err.startswith(f"nbdfleece: serve: {config}:{line}")
+
+
+@pytest.mark.parametrize("text", [f"max-connections = {'9' * 5000}\n", f"a = {'[' * 5000}\n"])
+def test_a_config_file_that_is_no_sense_at_all_is_one_line(short_tmp: Path, text: str) -> None:
+    config = short_tmp / "c.toml"
+    config.write_text(text)
+    done = nbdfleece("serve", "--check-config", "--config", config)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.err.startswith(f"nbdfleece: serve: {config}: ")
 
 
 def test_check_config_opens_nothing(short_tmp: Path, disk: Path) -> None:

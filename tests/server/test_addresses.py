@@ -21,6 +21,7 @@ from nbdfleece.server.addresses import (
     [
         ("unix:/run/nbd.sock", UnixAddress("/run/nbd.sock")),
         ("unix:a:b", UnixAddress("a:b")),
+        ("unix:/run/\udcff.sock", UnixAddress("/run/\udcff.sock")),
         ("tcp:localhost:10809", TcpAddress("localhost", 10809)),
         ("tcp:127.0.0.1:0", TcpAddress("127.0.0.1", 0)),
         ("tcp:[::1]:10809", TcpAddress("::1", 10809)),
@@ -55,6 +56,8 @@ def test_listen_address(text: str, address: object) -> None:
         "vsock:x:1",
         "vsock:4294967296:1",
         "fd:x",
+        "fd:2147483648",
+        "fd:" + "9" * 5000,
         "fd:",
         "udp:localhost:1",
     ],
@@ -77,6 +80,7 @@ def test_address_is_described_as_it_was_written(text: str) -> None:
     ("text", "export", "uri"),
     [
         ("unix:/run/n b.sock", "vda@s1", "nbd+unix:///vda@s1?socket=/run/n%20b.sock"),
+        ("unix:/run/\udcff", "vda", "nbd+unix:///vda?socket=/run/%FF"),
         ("tcp:example.org:10809", "a/b ä", "nbd://example.org:10809/a%2Fb%20%C3%A4"),
         ("tcp:[::1]:1", "", "nbd://[::1]:1/"),
         ("tcp::10809", "vda", "nbd://localhost:10809/vda"),

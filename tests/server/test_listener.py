@@ -166,6 +166,12 @@ async def test_unknown_host_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
         await open_listener(TcpAddress("nowhere", 1))
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 300, "\udcff"])
+async def test_what_cannot_be_a_host_is_a_clear_error(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^cannot listen on tcp:"):
+        await open_listener(TcpAddress(host, 1))
+
+
 async def test_every_address_of_a_host_is_listened_on_at_one_port() -> None:
     try:
         listener = await open_listener(TcpAddress("", 0))

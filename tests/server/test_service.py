@@ -77,6 +77,9 @@ async def test_what_it_could_not_start_with_is_let_go(short_tmp: Path) -> None:
             (UnixAddress(str(short_tmp / "no" / "s")), "Failed to bind socket to .*: No such file"),
             (UnixAddress("x" * 200), "is too long"),
             (UnixAddress(""), "is too long"),
+            (UnixAddress("a\0b"), "'a.x00b' is not a file name"),
+            (UnixAddress("\ud800"), "is not a file name"),
+            (TcpAddress("a..b", 1), "^address resolution failed for a..b:1: Name or service"),
             (TcpAddress("192.0.2.1", 1), "^Failed to bind socket: Cannot assign requested address"),
         ):
             with pytest.raises(CommandError, match=text):
