@@ -11,6 +11,8 @@ Invariants
       have to lie behind STARTTLS, and the machine refuses to go on then.
   S5  Each connection writes one line into the log when it is over (server.audit); those that said
       nothing at all, as port probes do, on the debug level.
+  S6  Others get their turn, and the time limit is looked at, between any two options, and between
+      any two pieces of one, however fast the client is.
 """
 
 from __future__ import annotations
@@ -222,6 +224,7 @@ class Session:
                     self.export = self._directory.chosen(machine.outcome.export)
                     self.export.hold()
                 await send_all(self._stream, reply)
+                await asyncio.sleep(0)  # thousands may have come at once, and none need wait (S6)
             if machine.outcome is not None:
                 return machine.outcome
             if machine.wants_tls:
@@ -230,6 +233,7 @@ class Session:
             if not received:
                 return machine.end_of_stream()
             self._has_spoken = True
+            await asyncio.sleep(0)  # nor need there have been a wait (S6)
 
     async def _begin_tls(self) -> None:
         """Do the TLS handshake, and go on as whom it has proved the client to be.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
@@ -11,6 +12,7 @@ from nbdfleece.base.limits import MAX_OPTION_LENGTH, MAX_OPTIONS, MAX_OPTIONS_PE
 from nbdfleece.base.units import MiB
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.protocol.nbd import wire
+from nbdfleece.protocol.nbd.haggle import ExportInfo
 from nbdfleece.protocol.nbd.handshake import Closed, Handshake, Transmission
 from tests.support.nbd_machines import DISK, FIXED, FIXED_NO_ZEROES, FakeDirectory, Script, pieces
 
@@ -143,6 +145,26 @@ def test_more_options_than_any_client_needs_close() -> None:
         assert script.outcome_type(c.NBD_OPT_LIST) == c.NBD_REP_ACK
     assert script.raw(wire.option(c.NBD_OPT_LIST)) == b""
     assert "options" in script.closed.reason
+
+
+def test_exports_are_not_counted_again_for_each_further_option() -> None:
+    directory = CountingDirectory()
+    script = Script(directory)
+    allowed = MAX_OPTIONS + MAX_OPTIONS_PER_EXPORT * len(directory.exports)
+
+    for _ in range(allowed):
+        assert script.outcome_type(77) == c.NBD_REP_ERR_UNSUP
+    assert directory.counted == 1
+
+
+class CountingDirectory(FakeDirectory):
+    """Counts how often it is listed."""
+
+    counted = 0
+
+    def list(self) -> Sequence[ExportInfo]:
+        self.counted += 1
+        return super().list()
 
 
 def test_forbidden_list_gives_no_further_options() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.base.errors import OptionRefused
-from nbdfleece.base.limits import MAX_DRAINED_PAYLOAD, MAX_OPTION_LENGTH, MAX_PAYLOAD
+from nbdfleece.base.limits import MAX_DRAINED_PAYLOAD, MAX_OPTION_LENGTH, MAX_OPTIONS, MAX_PAYLOAD
 from nbdfleece.base.units import KiB, MiB
 from nbdfleece.datapath.stream import Stream
 from nbdfleece.protocol.nbd import client as talks
@@ -18,6 +18,7 @@ from nbdfleece.protocol.nbd import wire
 from nbdfleece.protocol.nbd.handshake import GREETING
 from nbdfleece.server import session as session_module
 from nbdfleece.server.export import WRITABLE_FLAGS
+from nbdfleece.server.exports import Exports
 from nbdfleece.server.options import ServerOptions
 from nbdfleece.server.tokens import Tokens
 from tests.support.nbd_client import NbdClient, RequestFailed, connected
@@ -111,6 +112,53 @@ async def test_refused_option_leaves_the_client_haggling(
 
         assert kind == reply
         assert (await client.run(talks.go("disk"))).size == MiB
+        await client.close()
+
+
+async def test_others_get_their_turn_between_options_that_come_at_once(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(short_tmp) as served:
+        client = await greeted(served)
+        loop, turn, asked = asyncio.get_running_loop(), 0, []
+
+        def tick() -> None:
+            nonlocal turn
+            turn += 1
+            if len(asked) < 100:
+                loop.call_soon(tick)
+
+        def listed(exports: Exports) -> list[object]:
+            asked.append(turn)
+            return []
+
+        monkeypatch.setattr(Exports, "list", listed)
+        await client.send(wire.option(c.NBD_OPT_LIST) * 100)
+        tick()
+        await until(lambda: len(asked) == 100)
+        assert len(set(asked)) == 100
+        await client.close()
+
+
+async def test_options_that_do_not_end_are_no_way_round_the_time_limit(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option, at, received = wire.option(77, bytes(MAX_OPTION_LENGTH)), 0, 0
+
+    async def endless(_stream: Stream, limit: int) -> bytes:
+        """A client that is faster than we are has always sent more."""
+        nonlocal at, received
+        data = option[at : at + limit]
+        at = (at + limit) % len(option) if len(data) == limit else 0
+        received += len(data)
+        return data
+
+    async with serving(short_tmp, options=ServerOptions(handshake_timeout_s=0.05)) as served:
+        client = await greeted(served)
+        monkeypatch.setattr(session_module, "receive", endless)
+        await client.send(wire.option(77))  # what is being waited for
+        await sessions_end(served)
+        assert received < MAX_OPTIONS * len(option) // 2
         await client.close()
 
 

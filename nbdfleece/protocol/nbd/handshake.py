@@ -191,6 +191,7 @@ class Handshake:
         self._lost: Closed | None = None
         self._is_inside = False  # something of which the client still owes bytes
         self._options = 0
+        self._allowed = MAX_OPTIONS  # of them; more where there are exports, see `_count_option`
 
     @property
     def outcome(self) -> Outcome | None:
@@ -308,15 +309,16 @@ class Handshake:
             PeerViolation: It has sent more than any client needs.
         """
         self._options += 1
-        if self._options <= MAX_OPTIONS:
+        if self._options <= self._allowed:
             return
         exports = 0  # who may not list has no use for options per export
         if not self._lacks_tls(NBD_OPT_LIST):
             with suppress(OptionRefused):
                 exports = len(self._haggle.directory.list())
-        allowed = MAX_OPTIONS + MAX_OPTIONS_PER_EXPORT * exports
-        if self._options > allowed:
-            raise PeerViolation(f"more than {allowed} options")
+        # Kept: to count the exports for each further option would be work without need.
+        self._allowed = MAX_OPTIONS + MAX_OPTIONS_PER_EXPORT * exports
+        if self._options > self._allowed:
+            raise PeerViolation(f"more than {self._allowed} options")
 
     def _lacks_tls(self, number: int) -> bool:
         """Tell whether TLS must come before this option."""
