@@ -43,10 +43,12 @@ from nbdfleece.fleece.store import StateFolder
 from nbdfleece.jobs.manager import JobManager
 from nbdfleece.protocol.nbd.haggle import TlsMode
 from nbdfleece.server.addresses import (
+    VSOCK_LOCAL,
     Address,
     FdAddress,
     TcpAddress,
     UnixAddress,
+    VsockAddress,
     inherited,
     parse_listen,
     split_tls,
@@ -79,7 +81,8 @@ class Settings:
 
     Attributes:
         disks: Disk arguments.
-        listen: Addresses to listen on, beside those handed over by a service manager.
+        listen: Addresses to listen on, beside those handed over by a service manager (which may be
+            among them, as `fd:N,tls=...`).
         default_listen: Where to listen when there is neither.
         control: Path of the control socket.
         state_dir: The state folder.
@@ -428,8 +431,17 @@ def _plan(settings: Settings) -> _Plan:
             raise ConfigError(f"two disks are called '{name}'; give them names as NAME=LOCATION")
     credentials = _credentials(settings)
     has_tls = credentials is not None
-    listen = [(found, _tls_of(found, has_tls)) for found in inherited(os.environ, os.getpid())]
-    listen += [_listen_of(text, has_tls) for text in settings.listen]
+    said = [_listen_of(text, has_tls) for text in settings.listen]
+    places = [address for address, _ in said]
+    for address in places:
+        if isinstance(address, FdAddress) and places.count(address) > 1:
+            raise ConfigError(f"'{address.describe()}' is listened on twice")
+    listen = [
+        (found, _tls_of(found, has_tls))
+        for found in inherited(os.environ, os.getpid())
+        if found not in places  # else it was named, to say something of TLS
+    ]
+    listen += said
     if not listen:
         address = UnixAddress(settings.default_listen)
         listen = [(parse_listen(address.describe()), _tls_of(address, has_tls))]
@@ -515,7 +527,10 @@ def _warn_of_expiry(credentials: TlsCredentials | None) -> None:
 
 
 def _check_is_safe(listener: Listener, *, has_policy: bool) -> None:
-    """Check that nobody on the network gets at the disks without TLS.
+    """Check that nobody on the network gets at the disks without TLS, nor any virtual machine.
+
+    Nobody listens in on a vsock connection, and the kernel says which machine it comes from, so
+    there a policy is as good as TLS.
 
     Raises:
         ConfigError: Somebody would.
@@ -528,6 +543,11 @@ def _check_is_safe(listener: Listener, *, has_policy: bool) -> None:
                 f"cannot listen on {address.describe()}: without TLS anybody on the network could "
                 "read and write the disks; listen on 127.0.0.1 or a unix socket, give --tls-creds, "
                 "or say --allow-insecure"
+            )
+        if isinstance(address, VsockAddress) and not has_policy and address.cid != VSOCK_LOCAL:
+            raise ConfigError(
+                f"cannot listen on {address.describe()}: any virtual machine of this host could "
+                "read and write the disks; give a --policy or --tls-creds, or say --allow-insecure"
             )
 
 

@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from nbdfleece.server.addresses import Address, FdAddress, TcpAddress, UnixAddress
+from nbdfleece.server.addresses import Address, FdAddress, TcpAddress, UnixAddress, VsockAddress
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -71,6 +71,8 @@ def addresses(listener: Listener) -> list[Address]:
             found.append(UnixAddress(os.fsdecode(name)))
         elif sock.family in (socket.AF_INET, socket.AF_INET6):
             found.append(TcpAddress(name[0], name[1]))
+        elif sock.family == socket.AF_VSOCK:
+            found.append(VsockAddress(name[0], name[1]))
     return found
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_UNIX_PATH: Final = 107  # bytes: struct sockaddr_un has room for 108 with the NUL
 VSOCK_ANY: Final = 0xFFFFFFFF  # VMADDR_CID_ANY
+VSOCK_LOCAL: Final = 1  # VMADDR_CID_LOCAL: this machine, as loopback
 
 _FIRST_INHERITED_FD: Final = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
 _UNSPECIFIED_HOSTS: Final = ("", "0.0.0.0", "::")  # noqa: S104 - only shown

@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from nbdfleece.base.errors import OptionRefused
 from nbdfleece.daemon import _watchdog_interval_s
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.server import tls
-from tests.support.daemon_process import Daemon, make_disk, nbdfleece
+from tests.support.daemon_process import Daemon, environment, make_disk, nbdfleece
 from tests.support.live import client, eventually
 from tests.support.pki import Pki
 
@@ -393,12 +394,63 @@ def test_listening_socket_that_was_handed_over(short_tmp: Path, disk: Path, pki:
                 assert one.recv(8) == b"NBDMAGIC"
 
 
+AS_A_SERVICE_MANAGER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("listen", ["fd:3,tls=off", "fd:3"])
+def test_a_socket_of_the_service_manager_may_be_named(
+    short_tmp: Path, disk: Path, pki: Pki, listen: str
+) -> None:
+    """As with `,tls=`: it is the same socket, and listened on once."""
+    with socket.socket(socket.AF_UNIX) as given, socket.socket(socket.AF_UNIX) as one:
+        given.bind(str(short_tmp / "given"))
+        given.listen()
+        serve = ["-m", "nbdfleece", "serve", "--listen", listen, f"vda={disk}"]
+        serve += ["--control", str(short_tmp / "control.sock"), "--tls-creds", str(pki.server)]
+        serve += ["--state-dir", str(short_tmp / "state")]
+        with subprocess.Popen(
+            [sys.executable, "-c", AS_A_SERVICE_MANAGER, str(given.fileno()), *serve],
+            pass_fds=[given.fileno()],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.readline().startswith("vda nbd")
+            one.connect(str(short_tmp / "given"))
+            assert one.recv(8) == b"NBDMAGIC"
+            process.terminate()
+            errors = process.stderr.read()
+            assert process.wait(20) == 0, errors
+            assert errors.count("listening on fd:3") == 1
+
+
+def test_a_descriptor_is_listened_on_once(short_tmp: Path, disk: Path) -> None:
+    args = ["--listen", "fd:3", "--listen", "fd:3,tls=off", f"vda={disk}"]
+    code, said = refused(short_tmp, *args)
+    assert (code, "'fd:3' is listened on twice" in said) == (2, True)
+
+
 def test_vsock(short_tmp: Path, disk: Path) -> None:
     try:
         socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
     except OSError:
         pytest.skip("this kernel has no vsock")
-    with Daemon(short_tmp, "--listen", "vsock:any:10999", f"vda={disk}") as daemon:
+    asked = ["--listen", "vsock:any:10999"]
+    code, said = refused(short_tmp, *asked, f"vda={disk}")
+    assert (code, "any virtual machine of this host" in said) == (2, True)
+    policy = short_tmp / "policy.toml"
+    write(policy, '[[rule]]\nwho = { cid = 3 }\nexports = "vda"\nallow = "all"\n')
+    with Daemon(short_tmp, *asked, "--policy", policy, f"vda={disk}") as daemon:
+        daemon.ready()
+    with Daemon(short_tmp, *asked, "--allow-insecure", f"vda={disk}") as daemon:
         daemon.ready()
         with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as one:
             try:
