@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import mmap
+from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.limits import MAX_CACHE, READ_PIECE
 from nbdfleece.datapath.step import let_others_run
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
     from nbdfleece.datapath.replies import Request
     from nbdfleece.datapath.route import IoVerbs
+
+
+# Where all CACHE requests read to, as nobody looks at it: with memory of their own, a client would
+# have 256 KiB of ours for each header that it may have in flight.
+_NOWHERE: Final = memoryview(mmap.mmap(-1, READ_PIECE))
 
 
 async def carry_out(io: IoVerbs, request: Request, may_go_on: Callable[[], bool]) -> None:
@@ -62,9 +68,8 @@ async def _fill_cache(io: IoVerbs, offset: int, length: int, may_go_on: Callable
     client's leaving does.
     """
     length = min(length, MAX_CACHE)
-    view = memoryview(bytearray(min(length, READ_PIECE)))
     while length and may_go_on():
-        piece = view[: min(length, READ_PIECE)]
+        piece = _NOWHERE[: min(length, READ_PIECE)]
         await io.read(offset, piece)
         offset += len(piece)
         length -= len(piece)

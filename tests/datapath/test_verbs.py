@@ -64,6 +64,18 @@ async def test_a_cache_reads_all_of_its_range_in_pieces() -> None:
     assert [length for _, _, length in reads] == [READ_PIECE] * 3 + [1]  # type: ignore[misc]
 
 
+async def test_caches_in_flight_take_no_memory_each() -> None:
+    class Held(Notes):
+        async def read(self, offset: int, view: memoryview) -> None:
+            self.asked.append(view.obj)
+
+    node = Held()
+    for cookie in range(128):
+        request = (0, c.NBD_CMD_CACHE, cookie, 0, READ_PIECE)
+        await background(carry_out(node, request, lambda: True))  # type: ignore[arg-type]
+    assert len({id(memory) for memory in node.asked}) == 1
+
+
 async def test_a_cache_of_a_whole_disk_reads_no_more_than_one_of_32_bits_could() -> None:
     reads = await asked(c.NBD_CMD_CACHE, length=2**60)
     assert sum(length for _, _, length in reads) == MAX_CACHE  # type: ignore[misc]

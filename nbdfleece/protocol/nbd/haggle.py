@@ -162,7 +162,7 @@ class Haggle:
         """
         export = self.directory.find(name)
         if export is None:
-            what = f"export {shown(name)}" if name else "a default export"
+            what = f"export {shown(name)}" if name else "default export"
             raise OptionRefused(NBD_REP_ERR_UNKNOWN, f"there is no {what}")
         return export
 

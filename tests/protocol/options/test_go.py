@@ -93,6 +93,12 @@ def test_unknown_export_is_unknown_and_nothing_else_is_told(number: int, name: b
     assert script.is_haggling
 
 
+def test_the_lack_of_a_default_export_is_said_in_words() -> None:
+    ((_, text),) = Script().option(c.NBD_OPT_GO, wire.info_request(b"", []))
+
+    assert text == b"there is no default export"
+
+
 def test_error_text_shows_no_control_characters() -> None:
     ((_, text),) = Script().option(c.NBD_OPT_GO, wire.info_request(b"a\r\n\x1b[2J", []))
 
