@@ -44,7 +44,7 @@ class Stamp:
         """Return the stamp of what is at `path` now; None when nothing can be found there."""
         try:
             return cls._of(os.stat(path))
-        except OSError:
+        except (OSError, ValueError):  # a NUL in the path
             return None
 
     @classmethod
@@ -131,6 +131,8 @@ def _read(path: Path) -> str:
             data = file.read(MAX_RULE_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a NUL in it, or half of a surrogate pair
+        raise ConfigError(f"{str(path)!a} is not a file name") from error
     if len(data) > MAX_RULE_FILE:
         raise ConfigError(f"{path}: longer than {MAX_RULE_FILE} bytes")
     try:

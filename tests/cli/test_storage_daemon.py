@@ -70,6 +70,10 @@ def test_wrong_usage(words: list[str], error: str) -> None:
         ),
         (["--nbd-server", "addr.type=unix"], "path' is missing"),
         (["--export", "nbd,id=x,node-name=a"], "Cannot find device='' nor node-name='a'"),
+        (
+            ["--object", '{"qom-type": "tls-creds-x509", "id": "x", "dir": "\\u0000"}'],
+            r"Unable to access credentials: '\x00' is no folder",
+        ),
         (["--monitor", "chardev=none"], 'chardev "none" not found'),
         (["--chardev", "pty,id=c"], "'pty' is not a character device of this program"),
         (["--chardev", "socket,id=c"], "only unix sockets with server=on and a path"),

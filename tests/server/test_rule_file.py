@@ -34,6 +34,13 @@ def test_pipe_is_refused_without_waiting_for_a_writer(path: Path) -> None:
         RuleFile(path)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_is_no_file_name_is_refused(name: str) -> None:
+    assert Stamp.of(Path(name)) is None
+    with pytest.raises(ConfigError, match="is not a file name"):
+        RuleFile(Path(name))
+
+
 def test_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Is a directory"):
         RuleFile(tmp_path)

@@ -134,6 +134,8 @@ def _folder(properties: Properties, files: tuple[str, ...]) -> str:
             raise CommandError(
                 f"Unable to access credentials {folder}/{name}: {error.strerror}"
             ) from error
+        except ValueError as error:  # a NUL in it, or half of a surrogate pair
+            raise CommandError(f"Unable to access credentials: {folder!a} is no folder") from error
     return folder
 
 

@@ -33,6 +33,7 @@ _SPACE: Final = b" \t\r\n"
 _OUTSIDE_STRING: Final = re.compile(rb'["{}\[\]\xff]')
 _INSIDE_STRING: Final = re.compile(rb'["\\\xff]')
 _END_OF_GARBAGE: Final = re.compile(rb"[\s{\[\xff]")
+_NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # no escape of a backslash before it
 _OPENING: Final = (ord("{"), ord("["))
 
 
@@ -157,12 +158,22 @@ def _parse(text: bytes) -> Mapping[str, Json] | BadMessage:
             text, parse_constant=_refuse_constant, object_pairs_hook=_unique_members
         )
         if b"\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair
+            _check_strings(value)
     except ValueError as error:
         return BadMessage(f"JSON parse error, {error}")
     if not isinstance(value, dict):
         return BadMessage("QMP input must be a JSON object")
     return value
+
+
+def _check_strings(value: Json) -> None:
+    """Refuse what is in no name and no path: a NUL, and half of a surrogate pair.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if _NUL.search(json.dumps(value, ensure_ascii=False).encode()):
+        raise ValueError("a string contains a NUL")
 
 
 def _unique_members(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Final, TypeAlias
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeAlias
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """Any JSON value. Read it through protocol.qmp.schema, which knows what it must be."""
 
 
-_HALF: Final = re.compile("[\ud800-\udfff]")  # bytes of a file name that are not UTF-8
+# Bytes of a file name that are not UTF-8, and what no reader of JSON need take.
+_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 
 
 def encode(value: Json) -> bytes:
@@ -26,7 +25,13 @@ def encode_shown(value: Json) -> bytes:
 
     A file name may be any bytes; JSON that has them is refused by those who read it.
     """
-    if b"\\ud" in (line := encode(value)):  # half of a pair, or both
-        text = json.dumps(value, ensure_ascii=False)
-        return encode(json.loads(_HALF.sub("\ufffd", text)))
-    return line
+    line = encode(value)
+    return encode(_shown(value)) if b"\\u" in line else line
+
+
+def _shown(value: Json) -> Json:
+    if isinstance(value, str):
+        return _NO_TEXT.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {_NO_TEXT.sub("\ufffd", name): _shown(member) for name, member in value.items()}
+    return [_shown(member) for member in value] if isinstance(value, Sequence) else value

@@ -59,3 +59,22 @@ def test_random_bytes_give_messages_or_refusals(rng) -> None:
                     assert isinstance(message, dict | BadMessage)
         except TooMuch:
             pass
+
+
+@pytest.mark.parametrize(
+    ("text", "is_good"),
+    [
+        (rb'{"a": "\u0000"}', False),
+        (rb'{"a\u0000": 1}', False),
+        (rb'{"a": ["x\\\u0000"]}', False),
+        (rb'{"a": "\\u0000"}', True),
+        (rb'{"a": "\u0001"}', True),
+    ],
+)
+def test_a_nul_is_in_no_string(text: bytes, is_good: bool) -> None:
+    """No name and no path can have one, and Python raises what nobody expects."""
+    (message,) = Framer().feed(text)
+    if is_good:
+        assert isinstance(message, dict)
+    else:
+        assert message == BadMessage("JSON parse error, a string contains a NUL")

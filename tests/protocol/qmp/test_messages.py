@@ -67,10 +67,11 @@ def test_event() -> None:
 
 
 def test_what_is_no_text_is_shown_as_such() -> None:
-    value = {"a\udcff": ["\ud83d\ude00", "\U0001f600", "\\ud800", 1.5]}
+    value = {"a\udcff": ["\ud83d\ude00", "\U0001f600", "\\ud800", 1.5, None, "\0"]}
     shown = encode_shown(value)
     assert shown.isascii()
-    assert json.loads(shown) == {"a\ufffd": ["\ufffd\ufffd", "\U0001f600", "\\ud800", 1.5]}
+    good = ["\ufffd\ufffd", "\U0001f600", "\\ud800", 1.5, None, "\ufffd"]
+    assert json.loads(shown) == {"a\ufffd": good}
     assert encode_shown({"a": "é"}) == encode({"a": "é"})
 
 
