@@ -379,21 +379,20 @@ class Daemon:
         def left() -> float:
             return max(deadline - loop.time(), 0.0)
 
-        is_clean = await server.shutdown(timeout_s=left())
-        is_clean &= await control.stop(timeout_s=max(left(), _CLOSE_S))
+        is_in_time = await server.shutdown(timeout_s=left())
+        is_in_time &= await control.stop(timeout_s=max(left(), _CLOSE_S))
+        is_closed = False
         try:
             async with asyncio.timeout(max(left(), _CLOSE_S)):
                 await jobs.close()
-                is_clean &= await fleece.close()
+                is_closed = await fleece.close()
         except TimeoutError:
-            is_clean = False
-        if is_clean:
+            is_in_time = False
+        if is_in_time and is_closed:
             _log.info("stopped")
             return EXIT_DONE
-        _log.error(
-            "stopped by force: requests had not ended after %g seconds",
-            self._settings.drain_timeout_s,
-        )
+        late = f"requests had not ended after {self._settings.drain_timeout_s:g} seconds"
+        _log.error("stopped by force: %s", "not all could be closed" if is_in_time else late)
         self._remove_files()
         if self.failure is not None:
             _log.error("could not start: %s", self.failure)

@@ -508,8 +508,8 @@ class Fleece:
         """
         is_clean = True
         async with self.changing:
-            if any(node.owned_by_monitor for node in self._graph):
-                await self._remove_nodes_of_users()
+            if self._has_what_users_made():
+                await self._remove_what_users_made()
             for disk in self.disks():
                 try:
                     await self._close_whatever_it_takes(disk)
@@ -518,7 +518,15 @@ class Fleece:
                     _log.error("disk %s: %s", disk.name, error)
         return is_clean
 
-    async def _remove_nodes_of_users(self) -> None:
+    def _has_what_users_made(self) -> bool:
+        """Tell whether commands have made nodes or exports beside those of disks and snapshots."""
+        snapshots = [each for disk in self.disks() for each in disk.snapshots.values()]
+        own = {*self._disks, *(snapshot.export_name for snapshot in snapshots)}
+        return any(node.owned_by_monitor for node in self._graph) or any(
+            export.options.id not in own for export in self._exports
+        )
+
+    async def _remove_what_users_made(self) -> None:
         """Take away what commands have put above, below and beside the disks; at the end only."""
         for disk in self.disks():
             try:

@@ -336,7 +336,8 @@ class Snapshot:
         Cancel: safe; `hide` may be called again.
         """
         if self._export is not None:
-            await remove_export(exports, self._export, mode)
+            if self._export.root is not None:  # at the daemon's end, all exports may have gone
+                await remove_export(exports, self._export, mode)
             self._export = None
         if self._access is not None:
             await drop_unused_limits(graph)

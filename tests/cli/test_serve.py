@@ -140,6 +140,25 @@ def image_with_a_bitmap(folder: Path) -> tuple[Path, Callable[[], list[tuple[str
     return image, names
 
 
+@pytest.mark.parametrize("snapshots", [0, 2])
+def test_the_end_is_clean_whatever_was_exported(
+    short_tmp: Path, disk: Path, snapshots: int
+) -> None:
+    """Exports of a user stand on the nodes of disks and snapshots, which go all the same."""
+    with Daemon(short_tmp, f"vda={disk}") as daemon:
+        daemon.ready()
+        nodes = ["vda"]
+        for _ in range(snapshots):
+            (made,) = daemon.run("snapshot", "create", "vda", "--json").json
+            nodes.append(made["node-name"])
+        for number, node in enumerate(nodes):
+            export = {"type": "nbd", "node-name": node, "id": f"x{number}", "name": f"x{number}"}
+            assert daemon.run("qmp", "block-export-add", json.dumps(export)).code == 0
+        assert daemon.stop() == 0, daemon.errors()
+        facts = json.loads((daemon.state / "vda" / "disk.json").read_text())
+        assert facts["mtime-ns"] == disk.stat().st_mtime_ns
+
+
 def test_hup_does_not_kill(short_tmp: Path, disk: Path) -> None:
     with Daemon(short_tmp, f"vda={disk}") as daemon:
         daemon.ready()
