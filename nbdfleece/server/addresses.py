@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_UNIX_PATH: Final = 107  # bytes: struct sockaddr_un has room for 108 with the NUL
 VSOCK_ANY: Final = 0xFFFFFFFF  # VMADDR_CID_ANY
+VSOCK_HOST: Final = 2  # VMADDR_CID_HOST: the host, also to itself
 VSOCK_LOCAL: Final = 1  # VMADDR_CID_LOCAL: this machine, as loopback
 
 _FIRST_INHERITED_FD: Final = 3  # sd_listen_fds(3): SD_LISTEN_FDS_START
@@ -77,8 +78,9 @@ class VsockAddress:
         return f"vsock:{'any' if self.cid == VSOCK_ANY else self.cid}:{self.port}"
 
     def uri(self, export: str, *, tls: bool = False) -> str:
-        """Return the NBD URI of an export here (an extension of libnbd)."""
-        return f"{_scheme(tls)}+vsock://{self.cid}:{self.port}/{quote(export, safe=_SHOWN_PLAIN)}"
+        """Return the NBD URI of an export here (an extension of libnbd), as guests see it."""
+        cid = VSOCK_HOST if self.cid == VSOCK_ANY else self.cid
+        return f"{_scheme(tls)}+vsock://{cid}:{self.port}/{quote(export, safe=_SHOWN_PLAIN)}"
 
 
 @dataclass(frozen=True, slots=True)

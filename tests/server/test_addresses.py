@@ -86,6 +86,7 @@ def test_address_is_described_as_it_was_written(text: str) -> None:
         ("tcp::10809", "vda", "nbd://localhost:10809/vda"),
         ("tcp:0.0.0.0:10809", "vda", "nbd://localhost:10809/vda"),
         ("vsock:2:10809", "vda", "nbd+vsock://2:10809/vda"),
+        ("vsock:any:10809", "vda", "nbd+vsock://2:10809/vda"),
     ],
 )
 def test_uri_of_an_export(text: str, export: str, uri: str) -> None:
