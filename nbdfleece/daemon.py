@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LOOPBACK: Final = ("127.", "::1", "::ffff:127.")
+_NOTIFY_S: Final = 1.0  # for a service manager that is busy to take what it is told
 _CLOSE_S: Final = 2.0  # for closing the disks, even when requests took all the time there was
 
 EXIT_DONE: Final = 0
@@ -565,14 +566,15 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _notify(state: str) -> None:
-    """Tell the service manager, where there is one (sd_notify(3))."""
+def _notify(state: str, wait_s: float = _NOTIFY_S) -> None:
+    """Tell the service manager, where there is one (sd_notify(3)); guests wait no longer for it."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
         return
     address = "\0" + path[1:] if path.startswith("@") else path
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.connect(address)
+        sock.settimeout(wait_s)
         sock.send(state.encode())
 
 
@@ -594,7 +596,7 @@ def _keep_alive(loop: asyncio.AbstractEventLoop, interval_s: float) -> None:
 
     A disk that is stuck stops no loop: restarting the daemon would not mend it.
     """
-    _notify("WATCHDOG=1")
+    _notify("WATCHDOG=1", wait_s=0)  # where many wait already, one more says nothing
     loop.call_later(interval_s, _keep_alive, loop, interval_s)
 
 

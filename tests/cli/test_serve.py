@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.base.errors import OptionRefused
-from nbdfleece.daemon import _watchdog_interval_s
+from nbdfleece.daemon import _keep_alive, _watchdog_interval_s
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.server import tls
 from tests.support.daemon_process import Daemon, environment, make_disk, nbdfleece
@@ -565,6 +565,20 @@ def test_the_service_manager_hears_of_ready_and_stopping(
             daemon.process.send_signal(signal.SIGTERM)
             assert sock.recv(1000) == b"STOPPING=1"
             assert daemon.process.wait(20) == 0
+
+
+def test_a_service_manager_that_does_not_listen_holds_nobody_up(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loop:
+        def call_later(self, *_: object) -> None:
+            """Not now."""
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(str(short_tmp / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(short_tmp / "notify"))
+        for _ in range(2000):  # more than a socket holds
+            _keep_alive(Loop(), 1.0)  # type: ignore[arg-type]
 
 
 def receive_for_ever(sock: socket.socket) -> None:
