@@ -187,8 +187,12 @@ class DiskFolder:
 
     def _lock(self, *, for_change: bool) -> None:
         if for_change:
-            self.path.parent.mkdir(_FOLDER_MODE, exist_ok=True)
-            self.path.mkdir(_FOLDER_MODE, exist_ok=True)
+            for folder in (self.path.parent, self.path):
+                is_new = not folder.exists()
+                folder.mkdir(_FOLDER_MODE, exist_ok=True)
+                if is_new:
+                    with contextlib.suppress(PermissionError):  # to look into what is above
+                        self._files.sync_folder(folder.parent)
             fd = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _LOCK_MODE)
         else:
             try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.backup.errors import BackupError, Damaged, FolderBusy, NoBackup
+from nbdfleece.backup.files import Files
 from nbdfleece.backup.folder import DiskFolder, disks
 from nbdfleece.backup.names import MANIFEST, PARTIAL
 from nbdfleece.backup.prune import prune
@@ -72,6 +73,22 @@ def test_a_crash_at_any_step_leaves_what_was_there(tmp_path: Path, rng: random.R
     with DiskFolder(path, for_change=True) as folder:
         assert folder.strangers() == []
         assert not [name for name in path.iterdir() if name.name.endswith(PARTIAL)]
+
+
+def test_the_names_of_new_folders_are_made_stable(tmp_path: Path, rng: random.Random) -> None:
+    """A backup that is reported as done must not vanish with its folder in a power failure."""
+    synced: list[Path] = []
+
+    class Noting(Files):
+        def sync_folder(self, path: Path) -> None:
+            synced.append(path)
+            super().sync_folder(path)
+
+    path = tmp_path / "backups" / "vda"
+    with DiskFolder(path, for_change=True, files=Noting()):
+        assert synced == [tmp_path, tmp_path / "backups"]
+    with DiskFolder(path, for_change=True, files=Noting()):
+        assert len(synced) == 2
 
 
 def test_an_unfinished_file_is_removed_by_the_next_run(tmp_path: Path, rng: random.Random) -> None:
