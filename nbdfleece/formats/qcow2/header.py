@@ -538,7 +538,11 @@ def _check_tables(header: Header) -> None:
         raise ImageError("Too many snapshots")
     tables = [
         ("Active L1 table", header.l1_table_offset, header.l1_size * 8),
-        ("Reference count table", header.refcount_table_offset, 8),
+        (
+            "Reference count table",
+            header.refcount_table_offset,
+            header.refcount_table_clusters * cluster,
+        ),
     ]
     if header.nb_snapshots:
         tables.append(("Snapshot table", header.snapshots_offset, 40))
@@ -546,3 +550,8 @@ def _check_tables(header: Header) -> None:
         is_empty = length == 0
         if offset % cluster or offset + length > MAX_SIZE or (offset == 0 and not is_empty):
             raise ImageError(f"{name} offset invalid")
+    end = 0  # in the order of the file; each begins behind the one before
+    for name, offset, length in sorted(tables, key=lambda table: table[1]):
+        if length and offset < end:
+            raise ImageError(f"{name} overlaps another table")
+        end = max(end, offset + length)
