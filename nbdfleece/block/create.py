@@ -217,8 +217,14 @@ def _held(graph: Graph, node: Node) -> Iterator[None]:
         graph.detach_root(edge)
 
 
-async def _write_image(node: Node, length: int, pieces: list[tuple[int, bytes]], mode: str) -> None:
-    """Make a node a file of zeroes but for some pieces; the first comes last."""
+async def _write_image(
+    node: Node, length: int, pieces: Iterator[tuple[int, bytes]], mode: str
+) -> None:
+    """Make a node a file of zeroes but for some pieces; the first, with the header, comes last.
+
+    Of a preallocated image there are too many to have them in memory.
+    """
+    header_at, header = next(pieces)
     if node.size:
         await node.truncate(0)
     await node.truncate(length)
@@ -227,8 +233,9 @@ async def _write_image(node: Node, length: int, pieces: list[tuple[int, bytes]],
             await _allocate(node, length, is_full=mode == "full")
         except IoError as error:
             raise CommandError(f"Could not resize underlying file: {error}") from error
-    for offset, data in reversed(pieces):
+    for offset, data in pieces:
         await node.write(offset, memoryview(data), fua=False)
+    await node.write(header_at, memoryview(header), fua=False)
     await node.flush()
 
 
@@ -266,12 +273,13 @@ async def _qcow2(graph: Graph, options: Mapping[str, object]) -> None:
         preallocate=preallocation != "off",
     )
     try:
-        length, pieces = image_length(image), list(image_pieces(image))
+        length = image_length(image)
+        next(image_pieces(image))  # the header: do backing file and all fit into it?
     except ImageError as error:
         raise CommandError(str(error)) from error
     async with _storage(graph, options["file"]) as node:
         try:
-            await _write_image(node, length, pieces, preallocation)
+            await _write_image(node, length, image_pieces(image), preallocation)
         except IoError as error:
             raise CommandError(f"Could not write qcow2 header: {error}") from error
 
