@@ -235,6 +235,7 @@ async def _write_image(
             raise CommandError(f"Could not resize underlying file: {error}") from error
     for offset, data in pieces:
         await node.write(offset, memoryview(data), fua=False)
+    await node.flush()  # so that there is no image before there is all of it
     await node.write(header_at, memoryview(header), fua=False)
     await node.flush()
 

@@ -22,6 +22,7 @@ import pytest
 
 from nbdfleece.block import internal_snapshots
 from nbdfleece.block.bitmap import new_bitmap
+from nbdfleece.block.create import create
 from nbdfleece.block.drain import quiet
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
@@ -450,6 +451,26 @@ async def test_a_power_cut_leaves_a_name_with_its_format(
         await run.history(requests=3, depth=2)
         run.end()
         run.cut(most=1000 if long_run else 60, samples=0)
+
+
+@pytest.mark.parametrize("preallocation", ["off", "metadata", "full"])
+async def test_a_power_cut_while_an_image_is_made_leaves_a_whole_one_or_none(
+    rng: random.Random, preallocation: str
+) -> None:
+    graph, file = Graph(), RecordingDriver(rng.randbytes(300 * KiB), rng)
+    await graph.add("file", file, {}, read_only=False, discard_enabled=True)
+    options: dict[str, object] = {"file": "file", "size": MiB, "cluster-size": 4096}
+    await create(graph, "qcow2", options | {"preallocation": preallocation})
+    await remove_all(graph)
+    crashes, found = Crashes(file), 0
+    for moment in crashes.moments(rng, 40):
+        for how, data in crashes.at(moment, rng):
+            if data[:4] == b"QFI\xfb":
+                found += 1
+                image = Image(data)
+                assert not image.check().corruptions, f"{how} at {moment}"
+                assert not any(image.content()), f"{how} at {moment}"
+    assert found
 
 
 @pytest.fixture(autouse=True)
