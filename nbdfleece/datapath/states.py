@@ -11,7 +11,8 @@ states equal), or a bytearray (one byte per state).
 Invariants
   S1  Only the event loop's thread makes pages; a page that is a bytearray stays that object for the
       life of the map. A worker thread may hold (page, first, last) and set those bytes: a
-      same-size slice assignment is one step under the interpreter lock.
+      same-size slice assignment is one step under the interpreter lock. So two looks may find two
+      states: a state that is told of a run was found in the look that found the run.
   S2  Memory is one byte per cluster in touched pages, and next to nothing elsewhere: marking a
       16 TiB disk as a whole makes small ints.
 """
@@ -62,6 +63,10 @@ class StateMap:
 
     def run_end(self, first: int, last: int) -> int:
         """Return the end of the run of equal states that begins at `first`, at most `last`."""
+        return self.run(first, last)[0]
+
+    def run(self, first: int, last: int) -> tuple[int, int]:
+        """Return (end, state) of the run of equal states that begins at `first`, at most `last`."""
         state = self.get(first)
         only = bytes((state,))
         index = first
@@ -70,22 +75,22 @@ class StateMap:
             stop = min(last, (index | _MASK) + 1)
             if isinstance(page, int):
                 if page != state:
-                    return index
+                    return index, state
             else:
                 start = index & _MASK
                 part = page[start : start + stop - index]
                 rest = len(part.lstrip(only))
                 if rest:
-                    return stop - rest
+                    return max(stop - rest, first + 1), state
             index = stop
-        return last
+        return last, state
 
     def runs(self, first: int, last: int) -> list[tuple[int, int, int]]:
         """Return (first, last, state) of every run in [first, last), in order."""
         runs = []
         while first < last:
-            end = self.run_end(first, last)
-            runs.append((first, end, self.get(first)))
+            end, state = self.run(first, last)
+            runs.append((first, end, state))
             first = end
         return runs
 
@@ -186,7 +191,8 @@ class StateMap:
         return page
 
     def _uniform_over_pages(self, first: int, last: int) -> int:
-        return self.get(first) if self.run_end(first, last) == last else -1
+        end, state = self.run(first, last)
+        return state if end == last else -1
 
     def _find_in_pages(self, state: int, first: int, last: int) -> int:
         """As `find`, looking at existing pages only: absent ones are all 0."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,17 @@ from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.accounting import Accounting
 from nbdfleece.block.bitmap import DirtyBitmap
-from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite, OnCbwError
+from nbdfleece.block.drivers import copy_before_write as module
+from nbdfleece.block.drivers.copy_before_write import (
+    ALL_ZERO,
+    DONE,
+    MOVING,
+    CopyBeforeWrite,
+    OnCbwError,
+)
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
+from nbdfleece.datapath import states as states_module
 from tests.support.early import Told
 from tests.support.fleecing import (
     Fleecing,
@@ -30,6 +40,7 @@ from tests.support.fleecing import (
     start_fleecing,
     temp_driver,
 )
+from tests.support.interleaving import acting
 from tests.support.memory import MemoryDriver
 from tests.support.waiting import until
 
@@ -621,6 +632,53 @@ async def test_the_one_hop_way_obeys_the_policy_when_the_temp_fails(
             await read(fleecing.access, MIB - 1, 1)
     read_only.close()
     await fleecing.close()
+
+
+class SettledMeanwhile(MemoryDriver):
+    """A disk that lets a thread settle a cluster while it is being read."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    async def _dawdle(self, verb: str) -> None:
+        if self.meanwhile is not None:
+            self.meanwhile()
+
+
+@pytest.mark.parametrize("first", [b"a", b"\0"], ids=["data", "zeroes"])
+@pytest.mark.parametrize("second_is_read", [False, True])
+async def test_whenever_a_thread_settles_a_cluster_a_reader_gets_old_data(
+    first: bytes, *, second_is_read: bool
+) -> None:
+    """One is settled and overwritten between any two lines of the reader, of three claimed ones."""
+    disk = first * 4096 + b"b" * 4096 + b"c" * 4096
+    line, reached = 0, 1
+    while line <= reached:
+        active, temp = SettledMeanwhile(bytearray(disk)), MemoryDriver(bytearray(12288), new=True)
+        fleecing = await start_fleecing(active, temp, CopyBeforeWrite())
+        fleecing.filter._states.fill(0, 3, MOVING)
+        span = fleecing.filter._states.span(0, 3)
+        assert span is not None
+
+        def settle(cluster: int, page=span[0], active=active, temp=temp) -> None:
+            """What fileio.save_then_write does."""
+            place = slice(cluster * 4096, (cluster + 1) * 4096)
+            is_zero = not any(disk[place])
+            if not is_zero:
+                temp.data[place] = disk[place]
+            page[cluster] = ALL_ZERO if is_zero else DONE
+            active.data[place] = b"n" * 4096
+
+        if second_is_read:
+            active.meanwhile = partial(settle, 1)
+        with acting((module, states_module), {line: partial(settle, 0)}) as lines:
+            found = await read(fleecing.access, 0, len(disk))
+            status = await fleecing.access.block_status(0, len(disk))
+        assert found == disk, line
+        for extent in status:
+            if extent.flags & ZERO:
+                assert not any(disk[extent.offset : extent.end]), line
+        line, reached = line + 1, lines.reached
+    assert reached > 30
 
 
 # --- replies before the event loop knows ---------------------------------------------------------

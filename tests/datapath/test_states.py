@@ -7,7 +7,9 @@ import threading
 
 import pytest
 
+from nbdfleece.datapath import states as module
 from nbdfleece.datapath.states import PAGE, StateMap
+from tests.support.interleaving import acting
 
 
 class PlainStates:
@@ -144,3 +146,28 @@ def test_a_span_may_be_set_from_another_thread() -> None:
 
 def test_a_span_over_two_pages_is_refused() -> None:
     assert StateMap(2 * PAGE).span(PAGE - 1, PAGE + 1) is None
+
+
+@pytest.mark.parametrize("first", [0, PAGE - 2], ids=["one page", "two pages"])
+def test_what_a_worker_sets_meanwhile_is_told_of_no_other_state(first: int) -> None:
+    """Whenever it comes: a state that is told of a run has been that of each state in the run."""
+    last = first + 4
+    line, reached = 0, 1
+    while line < reached:
+        states = StateMap(2 * PAGE)
+        states.fill(first, last, 1)
+        span = states.span(first, first + 2)
+        assert span is not None
+        page, start, _ = span
+
+        def work(page: bytearray = page, start: int = start) -> None:
+            page[start] = 2
+
+        with acting((module,), {line: work}) as lines:
+            runs = states.runs(first, last)
+            uniform = states.uniform(first, last)
+        for start, stop, state in runs:
+            assert state == 1 or (start, stop, state) == (first, first + 1, 2)
+        assert uniform in {1, -1}
+        line, reached = line + 1, lines.reached
+    assert reached > 10

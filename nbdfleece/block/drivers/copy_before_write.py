@@ -635,9 +635,8 @@ class CopyBeforeWrite(Driver):
         position = offset
         while position < end:
             self._check_readable(position, end - position)
-            stop = self._run_end(position, end)
+            stop, state = self._run(position, end)
             part = view[position - offset : stop - offset]
-            state = self._states.get(position // self._cluster)
             if state == ALL_ZERO:
                 part[:] = bytes(len(part))
             elif state == DONE:
@@ -678,8 +677,7 @@ class CopyBeforeWrite(Driver):
         for _ in range(_STATUS_RUNS):
             if position >= end:
                 break
-            stop = self._run_end(position, end)
-            state = self._states.get(position // self._cluster)
+            stop, state = self._run(position, end)
             if state == ALL_ZERO:
                 extents.append(Extent(position, stop - position, HOLE | ZERO))
             elif state == DONE:
@@ -709,8 +707,7 @@ class CopyBeforeWrite(Driver):
         end = offset + length
         extents: list[Extent] = []
         while offset < end and len(extents) < _STATUS_RUNS:
-            stop = self._run_end(offset, end)
-            state = self._states.get(offset // self._cluster)
+            stop, state = self._run(offset, end)
             extents.append(Extent(offset, stop - offset, _HELD_FLAGS.get(state, 0)))
             offset = stop
         return merge(extents)
@@ -765,16 +762,19 @@ class CopyBeforeWrite(Driver):
         offset = first * self._cluster
         return offset, min(last * self._cluster, self.node.size) - offset
 
-    def _run_end(self, offset: int, end: int) -> int:
-        """Return the end, in bytes, of the run of equal states at `offset`, at most `end`."""
-        last = ceil_div(end, self._cluster)
-        return min(self._states.run_end(offset // self._cluster, last) * self._cluster, end)
+    def _run(self, offset: int, end: int) -> tuple[int, int]:
+        """Return (end in bytes, state) of the run of equal states at `offset`, at most to `end`."""
+        stop, state = self._states.run(offset // self._cluster, ceil_div(end, self._cluster))
+        return min(stop * self._cluster, end), state
 
     def _unsaved_end(self, offset: int, length: int) -> int:
         """Return where, in bytes, the part of the range that is still in `file` alone ends."""
         index, last = self._clusters(offset, length)
-        while index < last and self._states.get(index) in (UNCOPIED, MOVING):
-            index = self._states.run_end(index, last)
+        while index < last:
+            end, state = self._states.run(index, last)
+            if state not in (UNCOPIED, MOVING):
+                break
+            index = end
         # The first cluster may begin before the range.
         return min(max(index * self._cluster, offset), offset + length)
 
