@@ -191,7 +191,7 @@ class Backups:
             token = secrets.token_hex(_POINT_ID_BYTES)
             bitmap = bitmap_prefix(opened[0].folder.manifest.folder_id) + token
         parts = [
-            Part(snapshot.disk, snapshot, snapshot.size, bitmap)
+            Part(snapshot.disk, snapshot, snapshot.size, self._started(snapshot, bitmap))
             for snapshot in await self._take(options.disks, bitmap)
         ]
         try:
@@ -228,7 +228,14 @@ class Backups:
             BackupError: The clock stands before the newest point.
         """
         node, folder = self._fleece.disk(part.disk).node, opened.folder
-        base = choose_base(folder, node, part.size, damage=opened.damage, full=options.full)
+        base = choose_base(
+            folder,
+            node,
+            part.size,
+            damage=opened.damage,
+            full=options.full,
+            is_in_place=bool(part.bitmap),
+        )
         name = point_name(part.snapshot.instant, opened.names)
         newest = folder.manifest.newest
         if newest is not None and name <= newest.name:
@@ -270,8 +277,14 @@ class Backups:
         mine = bitmap_prefix(part.folder.manifest.folder_id)
         return bitmap.startswith(mine) and bitmap != part.bitmap
 
+    def _started(self, snapshot: Snapshot, bitmap: str) -> str:
+        """Return the name of the bitmap that `_take` has started for a snapshot; empty: none."""
+        return bitmap if bitmap in self._fleece.disk(snapshot.disk).node.bitmaps else ""
+
     async def _take(self, disks: Sequence[str], bitmap: str) -> list[Snapshot]:
         """Take the instant of some disks, and start a bitmap at it; an empty name: none.
+
+        None is started where it would not know of what the guest writes (Disk.is_in_place).
 
         Raises:
             CommandError: It cannot be done. Nothing has changed.
@@ -287,9 +300,13 @@ class Backups:
                 async with quiet(*taking.tops()):
                     await taking.engage()
                     for disk, new in made:
-                        disk.node.bitmaps[new.name] = new
+                        if disk.is_in_place:
+                            disk.node.bitmaps[new.name] = new
                 await taking.expose()
                 await taking.keep()
+                for disk, new in made:
+                    if new.name not in disk.node.bitmaps:
+                        await forget_bitmap(disk, new)
             except BaseException:
                 await taking.discard()
                 for disk, new in made:

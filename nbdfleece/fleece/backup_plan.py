@@ -30,7 +30,13 @@ class Base:
 
 
 def choose_base(
-    folder: DiskFolder, node: Node, size: int, *, damage: str | None, full: bool
+    folder: DiskFolder,
+    node: Node,
+    size: int,
+    *,
+    damage: str | None,
+    full: bool,
+    is_in_place: bool = True,
 ) -> Base | str:
     """Return what an increment can stand upon, or why the next file has to be a full one.
 
@@ -40,6 +46,7 @@ def choose_base(
         size: Bytes of the disk at the new instant.
         damage: What `damage_of` has found.
         full: A full one was asked for.
+        is_in_place: At the instant the node was what the guest writes; see Disk.
     """
     newest = folder.manifest.newest
     if newest is None:
@@ -50,6 +57,8 @@ def choose_base(
         return f"the disk was resized from {format_size(newest.size)} to {format_size(size)}"
     if damage is not None:
         return damage
+    if not is_in_place:
+        return f"what is written goes past node '{node.name}', whose bitmaps do not know of it"
     if not newest.bitmap:
         return "the last backup left no bitmap that tells what has changed since"
     bitmap = node.bitmaps.get(newest.bitmap)

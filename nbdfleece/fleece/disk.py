@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError
 from nbdfleece.block import permissions
+from nbdfleece.block.child import Role
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.drivers.host_device import HostDeviceDriver
 from nbdfleece.block.drivers.locks import Locking
@@ -78,6 +79,24 @@ class Disk:
         if self.export.root is None or self.export.is_closing:
             raise CommandError(f"disk '{self.name}' is being removed")
         return below_limit(self.export.node)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether `node` is what the guest writes, through filters, and so its bitmaps tell of all.
+
+        It is not while the export shows an overlay of it, or another drive (blockdev-snapshot,
+        qom-set).
+
+        Raises:
+            CommandError: The disk is on its way out.
+        """
+        found = self.top
+        while found is not self.node:
+            edge = found.file
+            if edge is None or not edge.role & Role.FILTERED:
+                return False
+            found = edge.node
+        return True
 
     @property
     def clients(self) -> int:

@@ -99,8 +99,16 @@ class Taking:
         """Take the instant: put all filters in, or none; the tops are drained by the caller.
 
         Raises:
-            CommandError: The permissions conflict. No filter is in the guests' paths.
+            CommandError: The permissions conflict, or what has to be of the disk's own node would
+                not be of what the guest writes. No filter is in the guests' paths.
         """
+        for disk in self.group if self._options.bitmap or self._options.internal else ():
+            if not disk.is_in_place:
+                what = f"bitmap '{self._options.bitmap}'" if self._options.bitmap else "the image"
+                raise CommandError(
+                    f"disk '{disk.name}': what is written goes to node '{disk.top.name}', of which "
+                    f"{what} does not know"
+                )
         instant = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         try:
             for snapshot in self.made:

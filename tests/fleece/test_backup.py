@@ -10,20 +10,27 @@ import random
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbdfleece.backup.folder import DiskFolder
 from nbdfleece.base.errors import CommandError, InUse, IoError, NotFound
 from nbdfleece.block.bitmap import new_bitmap
+from nbdfleece.block.create import find_creator
 from nbdfleece.block.drain import drained
+from nbdfleece.block.node import Node
+from nbdfleece.block.registry import add_from_options
 from nbdfleece.fleece.backup import BackupOptions, BackupRun, Backups
 from nbdfleece.fleece.disk import Disk
+from nbdfleece.fleece.location import make_location
+from nbdfleece.fleece.snapshot import SnapshotOptions
 from nbdfleece.jobs.job import JobOptions, Status
 from nbdfleece.jobs.manager import JobManager
 from tests.fleece.test_bitmaps import SIZE, write
 from tests.fleece.test_bitmaps import Bench as Disks
 from tests.support.backups import add_point, content, some_disk
+from tests.support.fleecing import read_all
 from tests.support.live import eventually
 
 _ids = itertools.count(1)
@@ -276,3 +283,81 @@ async def test_a_disk_or_reader_that_is_not_there_is_named(bench: Bench) -> None
 def _made(path: Path) -> Path:
     path.mkdir()
     return path
+
+
+# --- another drive -------------------------------------------------------------------------------
+
+
+async def another_drive(bench: Bench, below: Node | None = None) -> Node:
+    """A node of the user's, of the size of a disk: an image, or an overlay of a disk."""
+    path = bench.folder / "other.img"
+    path.write_bytes(b"o" * SIZE)
+    file = {"driver": "file", "filename": str(path)}
+    options: dict[str, object] = {**file, "node-name": "other"}
+    if below is not None:
+        await make_qcow2(bench, path)
+        options = {"driver": "qcow2", "node-name": "other", "file": file, "backing": below.name}
+    return await add_from_options(bench.graph, options, needs_name=True)
+
+
+async def make_qcow2(bench: Bench, path: Path) -> None:
+    path.write_bytes(b"")
+    file = {"driver": "file", "filename": str(path)}
+    await find_creator("qcow2")(bench.graph, {"file": file, "size": SIZE})
+
+
+@pytest.mark.parametrize("is_overlay", [False, True])
+async def test_no_increment_is_made_of_what_the_bitmap_does_not_know_of(
+    bench: Bench, vda: Disk, *, is_overlay: bool
+) -> None:
+    """qom-set or blockdev-snapshot have put another node under the export."""
+    await write(vda, 0, b"x" * SIZE)
+    await bench.backup("vda", "vdb")
+    other = await another_drive(bench, vda.node if is_overlay else None)
+    await bench.fleece.set_drive(vda.export, other)
+    await write(vda, 65536, b"of the other")
+    there = await read_all(other)
+
+    run = await bench.backup("vda", "vdb")
+    assert kinds(run) == ["full", "inc"]
+    assert run.parts[0].point is not None
+    assert "goes past node 'vda'" in run.parts[0].point.reason
+    assert bench.points()[-1] == there
+    assert bench.bitmaps() == []
+    assert os.listdir(bench.folder / "state" / "vda" / "bitmaps") == []
+    assert bench.bitmaps("vdb") == [run.parts[1].bitmap]
+
+    await bench.fleece.set_drive(vda.export, vda.node)
+    for kind in ("full", "inc"):
+        await write(vda, 0, kind.encode())
+        assert kinds(await bench.backup("vda", "vdb")) == [kind, "inc"]
+        assert bench.points()[-1] == bench.disk()
+
+
+async def test_a_bitmap_goes_on_where_the_disk_came_back_unchanged(bench: Bench, vda: Disk) -> None:
+    await write(vda, 0, b"x" * SIZE)
+    await bench.backup()
+    await write(vda, 65536, b"before")
+    await bench.fleece.set_drive(vda.export, await another_drive(bench))
+    await write(vda, 0, b"of the other")
+    await bench.fleece.set_drive(vda.export, vda.node)
+    assert kinds(await bench.backup()) == ["inc"]
+    assert bench.points()[-1] == bench.disk()
+
+
+@pytest.mark.parametrize("options", [{"bitmap": "b"}, {"internal": True}], ids=str)
+async def test_a_snapshot_that_needs_the_disk_itself_is_refused(
+    bench: Bench, options: dict[str, Any]
+) -> None:
+    path = bench.folder / "vdc.qcow2"
+    await make_qcow2(bench, path)
+    disk = await bench.fleece.add_disk(make_location("vdc", str(path), {"format": "qcow2"}))
+    await bench.fleece.set_drive(disk.export, await another_drive(bench))
+    wanted = SnapshotOptions(**options)
+    with pytest.raises(CommandError, match="goes to node 'other', of which"):
+        await bench.fleece.create_snapshots(["vdc"], "s", wanted, token_s=None)
+    assert disk.node.bitmaps == {}
+    assert disk.snapshots == {}
+
+    await bench.fleece.set_drive(disk.export, disk.node)
+    await bench.fleece.create_snapshots(["vdc"], "s", wanted, token_s=None)
