@@ -293,12 +293,31 @@ class Fleece:
             except IoError as error:
                 _log.error("disk %s: last flush failed: %s", disk.name, error)
         await drop_unused_limits(self._graph)
-        changed_ns = await asyncio.to_thread(last_change, disk.location)
-        await self._graph.remove(disk.node)
+        changed_ns = await self._remove_node(disk)
         del self._disks[disk.name]
         await asyncio.to_thread(disk.kept.finish, changed_ns)
         await asyncio.to_thread(self._write_disk, disk.location, disk.node.size, is_stopped=True)
         _log.info("disk %s: removed", disk.name)
+
+    async def _remove_node(self, disk: Disk) -> int:
+        """Remove a disk's node; return when the disk was last changed (see `last_change`).
+
+        An image writes to its file until its node is closed, strangers may from when the file is.
+        """
+        edge = disk.node.file
+        if edge is None:
+            changed_ns = await asyncio.to_thread(last_change, disk.location)
+            await self._graph.remove(disk.node)
+            return changed_ns
+        below = edge.node
+        goes_with_it, below.goes_with_parent = below.goes_with_parent, False
+        try:
+            await self._graph.remove(disk.node)
+        finally:
+            below.goes_with_parent = goes_with_it
+        changed_ns = await asyncio.to_thread(last_change, disk.location)
+        await self._graph.remove_if_left(below)
+        return changed_ns
 
     async def _open_bitmaps(
         self, location: Location, node: Node, *, is_device: bool

@@ -285,6 +285,26 @@ def _made(path: Path) -> Path:
     return path
 
 
+# --- restarts ------------------------------------------------------------------------------------
+
+
+async def test_an_image_that_was_closed_is_not_taken_for_changed_by_others(tmp_path: Path) -> None:
+    """Closing a qcow2 image writes to its file, behind the last write of a guest."""
+    for number in range(3):
+        async with asyncio.TaskGroup() as tasks:
+            bench = Bench(tmp_path, tasks)
+            if number == 0:
+                await make_qcow2(bench, "vda.qcow2")
+            location = make_location("vda", str(tmp_path / "vda.qcow2"), {"format": "qcow2"})
+            disk = await bench.fleece.add_disk(location)
+            await write(disk, number * 65536, b"before")
+            assert kinds(await bench.backup()) == ["inc" if number else "full"]
+            await write(disk, (number + 5) * 65536, b"behind")
+            await bench.jobs.close()
+        assert await bench.fleece.close()
+        bench.state.close()
+
+
 # --- another drive -------------------------------------------------------------------------------
 
 
@@ -295,15 +315,17 @@ async def another_drive(bench: Bench, below: Node | None = None) -> Node:
     file = {"driver": "file", "filename": str(path)}
     options: dict[str, object] = {**file, "node-name": "other"}
     if below is not None:
-        await make_qcow2(bench, path)
+        file["filename"] = await make_qcow2(bench, "other.qcow2")
         options = {"driver": "qcow2", "node-name": "other", "file": file, "backing": below.name}
     return await add_from_options(bench.graph, options, needs_name=True)
 
 
-async def make_qcow2(bench: Bench, path: Path) -> None:
+async def make_qcow2(bench: Disks, name: str) -> str:
+    path = bench.folder / name
     path.write_bytes(b"")
     file = {"driver": "file", "filename": str(path)}
     await find_creator("qcow2")(bench.graph, {"file": file, "size": SIZE})
+    return str(path)
 
 
 @pytest.mark.parametrize("is_overlay", [False, True])
@@ -349,9 +371,8 @@ async def test_a_bitmap_goes_on_where_the_disk_came_back_unchanged(bench: Bench,
 async def test_a_snapshot_that_needs_the_disk_itself_is_refused(
     bench: Bench, options: dict[str, Any]
 ) -> None:
-    path = bench.folder / "vdc.qcow2"
-    await make_qcow2(bench, path)
-    disk = await bench.fleece.add_disk(make_location("vdc", str(path), {"format": "qcow2"}))
+    path = await make_qcow2(bench, "vdc.qcow2")
+    disk = await bench.fleece.add_disk(make_location("vdc", path, {"format": "qcow2"}))
     await bench.fleece.set_drive(disk.export, await another_drive(bench))
     wanted = SnapshotOptions(**options)
     with pytest.raises(CommandError, match="goes to node 'other', of which"):
