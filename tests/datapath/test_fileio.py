@@ -206,6 +206,43 @@ async def test_errors_carry_the_errno_and_the_range(tmp_path: Path) -> None:
     os.close(fd)
 
 
+@pytest.mark.parametrize("first", ["sync", "fua"])
+async def test_what_the_kernel_could_not_write_is_told_to_every_flush(
+    opened: OpenFile, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """It tells the one that asks first, and drops the pages: the next one would hear of success."""
+
+    def fail(*_args: object) -> int:
+        raise OSError(errno.EIO, "written back in vain")
+
+    data = memoryview(b"x" * 4096)
+    await opened.io.write(0, data, fua=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync" if first == "sync" else "pwritev", fail)
+        with pytest.raises(IoError):
+            await (opened.io.sync() if first == "sync" else opened.io.write(0, data, fua=True))
+    for again in (opened.io.sync, opened.io.sync):
+        with pytest.raises(IoError) as caught:
+            await again()
+        assert caught.value.errno == errno.EIO
+    with pytest.raises(IoError):
+        await opened.io.write(0, data, fua=True)
+    await opened.io.write(0, data, fua=False)
+
+
+async def test_a_durable_write_that_found_no_space_spoils_no_flush(
+    opened: OpenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", fail)
+        with pytest.raises(IoError):
+            await opened.io.write(0, memoryview(b"x"), fua=True)
+    await opened.io.sync()
+
+
 async def test_a_full_file_system_is_told(opened: OpenFile) -> None:
     fd = os.open("/dev/full", os.O_WRONLY)
     io = FileIo(fd, "full")

@@ -76,9 +76,13 @@ class DirectFile:
         await self._writing.wait_clear(first, length)
         key = self._writing.add(first, length)  # no await since the look
         flags = os.RWF_DSYNC if fua else 0
+
+        def work() -> None:
+            _write(fd, buffered_fd, alignment, offset, data, flags)
+
         try:
             await self._buffered.change(
-                lambda: _write(fd, buffered_fd, alignment, offset, data, flags),
+                (lambda: self._buffered.durably(work)) if fua else work,
                 "write",
                 offset,
                 len(data),
