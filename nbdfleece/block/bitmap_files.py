@@ -11,6 +11,8 @@ Invariants (formats.bitmap_file says what is in a file)
       is no error.
   K3  A file that was found inconsistent stays so.
   K4  No guest's write begins later than the time that the header gives for the last change.
+  K5  A file that is not all there yet, or that lacks a mark, says that it cannot be trusted. If not
+      even that can be written it is cut, and found damaged.
 
 Marks are plain writes to the page cache, in the event loop's thread: a microsecond for each granule
 that becomes dirty, nothing for one that is.
@@ -103,20 +105,14 @@ class BitmapFile:
             return
         if first == 0 and last >= self._count and last > _PAGE:
             self.hold()
-            self._write_header(replace(self._header, all_dirty=True))
+            if not self._write_header(replace(self._header, all_dirty=True)):
+                self.abandon("its header could not be written")
             return
         try:
             while first < last:
                 count = min(last - first, _PAGE)
                 _write(self._fd, _ONES[:count], HEADER_SIZE + first)
                 first += count
-        except OSError as error:
-            self.abandon(f"it could not be written: {_says(error)}")
-
-    def record_page(self, base: int, states: bytes) -> None:
-        """Put a page of a bitmap in, whose store this is not yet."""
-        try:
-            _write(self._fd, states, HEADER_SIZE + base)
         except OSError as error:
             self.abandon(f"it could not be written: {_says(error)}")
 
@@ -196,9 +192,27 @@ class BitmapFile:
         """Say that it cannot be trusted; see BitmapStore.abandon."""
         if not self._header.broken:
             _log.warning("bitmap '%s': %s; after a restart it is lost", self.path, why)
-            self._write_header(self._header.broke(why))
+            if self._write_header(self._header.broke(why)):
+                return
+            try:
+                os.ftruncate(self._fd, 0)
+            except OSError as error:
+                _log.critical("bitmap '%s': remove it: %s", self.path, _says(error))
 
     # --- the file --------------------------------------------------------------------------------
+
+    def fill(self, bitmap: DirtyBitmap) -> None:
+        """Hold what is dirty in a bitmap, whose store this is not yet, and be good from now on.
+
+        Raises:
+            OSError: It cannot be written, and cannot be trusted.
+        """
+        is_full = bitmap.count() == self._count * bitmap.granularity
+        for base in [] if is_full else bitmap.bases():
+            _write(self._fd, bitmap.page(base), HEADER_SIZE + base)
+        header = replace(self._header, broken=False, reason="", all_dirty=is_full)
+        _write(self._fd, header.pack(), 0)
+        self._header = header
 
     def take_into_use(self, *, boot_id: bytes) -> None:
         """Make it be in use, on stable storage (K1); may block.
@@ -286,13 +300,15 @@ class BitmapFile:
         found = os.pread(self._fd, count, HEADER_SIZE + first)
         return found.ljust(count, b"\0")
 
-    def _write_header(self, header: Header) -> None:
-        """Replace the header; one that cannot be replaced is still right, or too pessimistic."""
+    def _write_header(self, header: Header) -> bool:
+        """Replace the header; False: the file still has the old one."""
         self._header = header
         try:
             _write(self._fd, header.pack(), 0)
         except OSError as error:
             _log.error("bitmap '%s': %s", self.path, _says(error))
+            return False
+        return True
 
 
 class DiskBitmaps:
@@ -330,12 +346,14 @@ class DiskBitmaps:
             mtime_ns=time.time_ns() + _AHEAD_NS,
         )
         path = self._path(bitmap.name)
-        store = await asyncio.to_thread(_make, path, header)
-        if bitmap.count() == ceil_div(bitmap.size, bitmap.granularity) * bitmap.granularity:
-            store.record(0, ceil_div(bitmap.size, bitmap.granularity))
-        else:
-            for base in bitmap.bases():
-                store.record_page(base, bitmap.page(base))
+        store = await asyncio.to_thread(_make, path, header.broke("it was not finished"))
+        try:
+            store.fill(bitmap)
+        except OSError as error:
+            store.close()
+            with suppress(OSError):
+                path.unlink()
+            raise CommandError(f"'{path}': {_says(error)}") from error
         bitmap.store = store
         bitmap.persistent = True
 

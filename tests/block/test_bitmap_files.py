@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +22,7 @@ from nbdfleece.block.node import Node
 from nbdfleece.formats.bitmap_file import HEADER_SIZE, unpack
 from tests.support.fleecing import add_plain
 from tests.support.memory import MemoryDriver
-from tests.support.waiting import turns
+from tests.support.waiting import turns, until
 
 GRANULE = 512
 GRANULES = 20_000  # more than a page of states, and less than two
@@ -242,6 +246,81 @@ async def test_a_resize_is_followed(bench: Bench) -> None:
     (found,) = await bench.restart(size=2 * SIZE)
     assert not found.inconsistent
     assert dirty(found) == set(range(GRANULES // 2))
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+async def test_the_file_of_a_bitmap_in_the_making_cannot_be_trusted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, *, is_full: bool
+) -> None:
+    """Whoever made it was killed, or gave up because the folder hangs; guests go on."""
+    make, released = bitmap_files._make, threading.Event()
+
+    def slow(*args: Any) -> BitmapFile:
+        store = make(*args)
+        released.wait()
+        return store
+
+    monkeypatch.setattr(bitmap_files, "_make", slow)
+    bitmap = new_bitmap(bench.node, "b", GRANULE, enabled=True)
+    bitmap.set(0, SIZE if is_full else GRANULE)
+    keeping = asyncio.create_task(bench.kept.keep(bitmap))
+    await until(lambda: bench.folder.is_dir() and list(bench.folder.iterdir()))
+    await asyncio.sleep(0.05)
+    keeping.cancel()
+    await asyncio.wait([keeping])
+    released.set()
+    (found,) = await bench.restart(mtime_ns=1)
+    assert (found.inconsistent, found.reason) == (True, "it was not finished")
+
+
+async def test_a_bitmap_that_cannot_be_written_is_not_made(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bitmap = new_bitmap(bench.node, "b", GRANULE, enabled=True)
+    bitmap.set(0, GRANULE)
+    with monkeypatch.context() as patch:
+        fail_writes(patch, headers=False)
+        with pytest.raises(CommandError, match="No space left"):
+            await bench.kept.keep(bitmap)
+    assert list(bench.folder.iterdir()) == []
+    assert (bitmap.persistent, bitmap.store) == (False, None)
+    await bench.kept.keep(bitmap)
+    bench.node.bitmaps["b"] = bitmap
+    (found,) = await bench.peek()
+    assert dirty(found) == {0}
+
+
+@pytest.mark.parametrize("length", [1, SIZE])
+@pytest.mark.parametrize("headers", [False, True])
+async def test_marks_that_cannot_be_written_make_the_file_untrusted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, length: int, *, headers: bool
+) -> None:
+    """Also where not even the header can be, as on a full file system that copies on write."""
+    await bench.add()
+    with monkeypatch.context() as patch:
+        fail_writes(patch, headers=headers)
+        await write(bench.node, 0, length)
+        if length == SIZE and not headers:  # that takes a header only
+            await write(bench.node, 0, length)
+    assert dirty(bench.node.bitmaps["b"]) >= {0}
+    await write(bench.node, 5 * GRANULE, 1)
+    (found,) = await bench.restart(mtime_ns=1)
+    assert found.inconsistent or dirty(found) == set(range(GRANULES))
+
+
+def fail_writes(patch: pytest.MonkeyPatch, *, headers: bool) -> None:
+    """Let there be no space for marks, or not for headers either."""
+    real = bitmap_files._write
+
+    def fail(fd: int, data: bytes, offset: int) -> None:
+        if headers or offset:
+            raise OSError(errno.ENOSPC, "full")
+        real(fd, data, offset)
+
+    patch.setattr(bitmap_files, "_write", fail)
 
 
 # --- restarts ------------------------------------------------------------------------------------
