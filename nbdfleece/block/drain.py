@@ -20,6 +20,7 @@ from nbdfleece.base.errors import CommandError
 from nbdfleece.base.limits import QUIET_MOMENTS_S, QUIET_TIMEOUT_S
 from nbdfleece.block.node import Node
 from nbdfleece.block.permissions import topological
+from nbdfleece.datapath.step import background
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -91,13 +92,27 @@ async def in_time(what: str) -> AsyncIterator[None]:
     """Run the body for at most QUIET_TIMEOUT_S; for work on files that may hang.
 
     Raises:
-        CommandError: It took longer; `what` says what did. It has been cancelled.
+        CommandError: It took longer; `what` says what did. It has been cancelled, which does
+            nothing to a system call that it waits for: see `flush_in_time`.
     """
     try:
         async with asyncio.timeout(QUIET_TIMEOUT_S):
             yield
     except TimeoutError as error:
         raise CommandError(f"{what}: no answer within {QUIET_TIMEOUT_S:g} seconds") from error
+
+
+async def flush_in_time(node: Node) -> None:
+    """Flush a node; who waits gives up after QUIET_TIMEOUT_S, and the flush goes on.
+
+    Raises:
+        IoError: It failed.
+        CommandError: It took longer.
+
+    Cancel: safe; the flush goes on.
+    """
+    async with in_time(f"flushing node '{node.name}'"):
+        await background(node.flush())
 
 
 def _above(nodes: Iterable[Node]) -> list[Node]:

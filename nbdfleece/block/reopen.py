@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.block import permissions
 from nbdfleece.block.child import Child, Role
-from nbdfleece.block.drain import in_time, quiet
+from nbdfleece.block.drain import flush_in_time, quiet
 from nbdfleece.block.driver import Reopening
 from nbdfleece.block.graph import GraphChange, above, check_bitmaps_idle
 from nbdfleece.block.registry import NodeSpec, parse_node_options
@@ -250,8 +250,7 @@ async def _flush(node: Node) -> None:
     if node.read_only:
         return
     try:
-        async with in_time(f"flushing node '{node.name}'"):
-            await node.flush()
+        await flush_in_time(node)
     except IoError as error:
         raise CommandError(f"Error flushing drive: {error}") from error
 

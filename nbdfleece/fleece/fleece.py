@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
 from nbdfleece.block.bitmap import find_bitmap
 from nbdfleece.block.bitmap_files import BothKeepers, DiskBitmaps, identity_of
-from nbdfleece.block.drain import in_time, quiet
+from nbdfleece.block.drain import flush_in_time, in_time, quiet
 from nbdfleece.block.graph import above
 from nbdfleece.block.node import Node
 from nbdfleece.fleece.backup_bitmaps import own
@@ -180,33 +181,44 @@ class Fleece:
 
         Cancel: undone.
         """
-        async with self.changing:
-            if location.disk in self._disks:
-                raise NameTaken(f"there is a disk '{location.disk}' already")
-            is_device = await asyncio.to_thread(is_block_device, location)
-            node = await add_node(
-                self._graph, self._node_name(location.disk), location, is_device=is_device
-            )
-            try:
-                _check_size(location, node.size)
-                if location.remote is not None:
-                    await _check_remote_is_raw(location, node)
-                await asyncio.to_thread(self._write_disk, location, node.size, is_stopped=False)
-                kept = await self._open_bitmaps(location, node, is_device=is_device)
-                try:
-                    name = location.disk
-                    options = ExportOptions(name, name, not location.read_only, "")
-                    export = self._exports.add(node, options)
-                except BaseException:
-                    await asyncio.to_thread(kept.finish, last_change(location))
-                    raise
-            except BaseException:
+        self._check_new(location)
+        is_device = await asyncio.to_thread(is_block_device, location)
+        # Its file system, or server, may hang: others' changes do not wait for that.
+        node = await add_node(
+            self._graph, self._node_name(location.disk), location, is_device=is_device
+        )
+        try:
+            _check_size(location, node.size)
+            if location.remote is not None:
+                await _check_remote_is_raw(location, node)
+            async with self.changing:
+                self._check_new(location)
+                disk = await self._serve(location, node, is_device=is_device)
+        except BaseException:
+            if not node.parents:
                 await self._graph.remove(node)
-                raise
-            disk = self._disks[location.disk] = Disk(location, node, export, kept)
-            await export_found(disk, self._graph, self._exports)
-            _log.info("disk %s: %s, %d bytes", disk.name, location.path, node.size)
-            return disk
+            raise
+        return disk
+
+    async def _serve(self, location: Location, node: Node, *, is_device: bool) -> Disk:
+        """Make a node a disk; what of that fails before it has its export is undone."""
+        await asyncio.to_thread(self._write_disk, location, node.size, is_stopped=False)
+        kept = await self._open_bitmaps(location, node, is_device=is_device)
+        try:
+            name = location.disk
+            options = ExportOptions(name, name, not location.read_only, "")
+            export = self._exports.add(node, options)
+        except BaseException:
+            await asyncio.to_thread(kept.finish, last_change(location))
+            raise
+        disk = self._disks[location.disk] = Disk(location, node, export, kept)
+        await export_found(disk, self._graph, self._exports)
+        _log.info("disk %s: %s, %d bytes", disk.name, location.path, node.size)
+        return disk
+
+    def _check_new(self, location: Location) -> None:
+        if location.disk in self._disks:
+            raise NameTaken(f"there is a disk '{location.disk}' already")
 
     async def set_drive(self, export: Export, node: Node) -> None:
         """Put another node under an export; see fleece.drive.
@@ -234,15 +246,13 @@ class Fleece:
 
         Cancel: what is left can be removed by a further call.
         """
+        disk = self._removable(name, force=force)
+        if disk.location.remote is None and not disk.location.read_only:
+            # The last flush is short then: others' changes wait for it.
+            with suppress(IoError):  # that one tells of it
+                await (flush_in_time(disk.node) if force else disk.node.flush())
         async with self.changing:
-            disk = self.disk(name)
-            transient = [each for each in disk.snapshots.values() if not each.outlives]
-            if not force and transient:
-                names = ", ".join(each.name for each in transient)
-                raise InUse(f"disk '{name}' has snapshots: {names}")
-            if not force and disk.clients:
-                raise InUse(f"disk '{name}' is in use by {disk.clients} connections")
-            self._check_not_used_by_others(disk)
+            disk = self._removable(name, force=force)
             if force:
                 await self._close_whatever_it_takes(disk)
             else:
@@ -250,6 +260,18 @@ class Fleece:
                     snapshot.leave()
                     await self._delete(disk, snapshot, RemoveMode.SAFE)
                 await self._close(disk, RemoveMode.SAFE)
+
+    def _removable(self, name: str, *, force: bool) -> Disk:
+        """Return a disk that may be removed; see `remove_disk`."""
+        disk = self.disk(name)
+        transient = [each for each in disk.snapshots.values() if not each.outlives]
+        if not force and transient:
+            names = ", ".join(each.name for each in transient)
+            raise InUse(f"disk '{name}' has snapshots: {names}")
+        if not force and disk.clients:
+            raise InUse(f"disk '{name}' is in use by {disk.clients} connections")
+        self._check_not_used_by_others(disk)
+        return disk
 
     def _check_not_used_by_others(self, disk: Disk) -> None:
         """Check that all above the disk goes with it.
@@ -452,25 +474,32 @@ class Fleece:
 
         Cancel: it can be deleted by a further call.
         """
+        snapshot = self._deletable(disk, name, force=force)
+        found = self.disk(disk)
+        if succeeded and snapshot.tied is not None and not found.location.read_only:
+            # A crash may take back what nobody has flushed; none of that may be in the copy and in
+            # no bitmap any more, or the next copy would lack what it was taken back to. Others'
+            # changes do not wait for it.
+            try:
+                await _flush(found)
+            except IoError as error:
+                raise CommandError(f"disk '{disk}' cannot be flushed: {error}") from error
         async with self.changing:
-            found = self.disk(disk)
-            snapshot = found.snapshots.get(name)
-            if snapshot is None:
-                raise SnapshotNotFound(f"disk '{disk}' has no snapshot '{name}'")
-            if not force and snapshot.readers:
-                raise InUse(
-                    f"snapshot {snapshot.export_name} is being read by "
-                    f"{snapshot.readers} connections"
-                )
-            if succeeded and snapshot.tied is not None and not found.location.read_only:
-                # A crash may take back what nobody has flushed; none of that may be in the copy
-                # and in no bitmap any more, or the next copy would lack what it was taken back to.
-                try:
-                    await _flush(found)
-                except IoError as error:
-                    raise CommandError(f"disk '{disk}' cannot be flushed: {error}") from error
+            if self._deletable(disk, name, force=force) is not snapshot:
+                raise InUse(f"snapshot {snapshot.export_name} has just been replaced")
             mode = RemoveMode.HARD if force else RemoveMode.SAFE
-            await self._delete(found, snapshot, mode, succeeded=succeeded)
+            await self._delete(self.disk(disk), snapshot, mode, succeeded=succeeded)
+
+    def _deletable(self, disk: str, name: str, *, force: bool) -> Snapshot:
+        """Return a snapshot that may be deleted; see `delete_snapshot`."""
+        snapshot = self.disk(disk).snapshots.get(name)
+        if snapshot is None:
+            raise SnapshotNotFound(f"disk '{disk}' has no snapshot '{name}'")
+        if not force and snapshot.readers:
+            raise InUse(
+                f"snapshot {snapshot.export_name} is being read by {snapshot.readers} connections"
+            )
+        return snapshot
 
     def _grant(self, snapshot: Snapshot, token_s: float | None) -> str | None:
         """Return a new name that opens the snapshot by a token, where one is wanted."""

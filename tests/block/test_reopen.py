@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from nbdfleece.base.errors import CommandError
+from nbdfleece.block import drain
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.bitmap import DirtyBitmap
 from nbdfleece.block.child import Child
@@ -23,6 +25,7 @@ from nbdfleece.block.registry import add_from_options
 from nbdfleece.block.reopen import reopen
 from nbdfleece.block.throttle_group import make_throttle_group
 from tests.support.driver_kit import Owner, open_descriptors, read, remove_all
+from tests.support.waiting import until
 
 SIZE = 3 << 20
 MIB = 1 << 20
@@ -522,3 +525,23 @@ async def test_a_throttle_group_may_be_changed(graph: Graph) -> None:
     graph.throttle_groups.remove("slow")
     await refused(graph, "slow", slow)
     assert driver.group.name == "fast"
+
+
+async def test_a_disk_that_does_not_flush_is_given_up_in_time(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system call cannot be cancelled: nobody waits for it any longer, and it goes on."""
+    path = make_image(tmp_path / "a.raw", bytes(SIZE))
+    node = await add_from_options(graph, file_options("a", path))
+    monkeypatch.setattr(drain, "QUIET_TIMEOUT_S", 0.2)
+    released = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", lambda _fd: released.wait(20))
+        async with asyncio.timeout(5):
+            with pytest.raises(CommandError, match="flushing node 'a': no answer within"):
+                await reopen(graph, [file_options("a", path, discard="unmap")])
+        assert node.in_flight == 1
+        released.set()
+        await until(lambda: node.in_flight == 0)
+    await reopen(graph, [file_options("a", path, discard="unmap")])
+    assert node.discard_enabled

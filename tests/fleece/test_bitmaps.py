@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.block.bitmap import DirtyBitmap, new_bitmap
+from nbdfleece.block.drivers._posix import OpenImage
+from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.fleece.disk import Disk
+from nbdfleece.fleece.disk import _OwnFile as OwnFile
 from nbdfleece.fleece.fleece import Fleece
 from nbdfleece.fleece.location import make_location
 from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions
@@ -24,7 +30,7 @@ from nbdfleece.server.exports import Exports
 from nbdfleece.server.tokens import Tokens
 from tests.jobs.test_backup import Guest
 from tests.support.fleecing import read_all
-from tests.support.waiting import turns
+from tests.support.waiting import turns, until
 
 GRANULE = 4096
 GRANULES = 256
@@ -294,3 +300,67 @@ async def test_success_settles_nothing_before_the_disk_is_flushed(
 
     await bench.delete("vda", succeeded=True)
     assert dirty(disk.node.bitmaps["b"]) == set()
+
+
+# --- a disk that hangs ---------------------------------------------------------------------------
+
+
+class Hanging:
+    """System calls of one kind that do not end before `release`."""
+
+    def __init__(self) -> None:
+        self.is_reached = False
+        self._released = threading.Event()
+
+    def __call__(self, *_args: object) -> None:
+        self.is_reached = True
+        self._released.wait(20)
+
+    def release(self) -> None:
+        self._released.set()
+
+
+@pytest.mark.parametrize("verb", ["delete a snapshot", "remove", "remove by force"])
+async def test_a_flush_that_hangs_keeps_no_other_disk_from_changing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    await bench.add("vda")
+    await bench.add("vdb")
+    await bench.take("vdb")
+    hanging = Hanging()
+    monkeypatch.setattr(os, "fdatasync", hanging)
+    if verb == "delete a snapshot":
+        await bench.take("vda")
+        change = bench.delete("vda", succeeded=True)
+    else:
+        change = bench.fleece.remove_disk("vda", force="force" in verb)
+    changing = asyncio.create_task(change)
+    await until(lambda: hanging.is_reached)
+    async with asyncio.timeout(5):
+        await bench.take("vdb", name="t", bitmap=None)
+        await bench.fleece.delete_snapshot("vdb", "s", force=False)
+    assert not changing.done()
+    hanging.release()
+    await changing
+    assert not bench.fleece.snapshots("vda") if "delete" in verb else len(bench.fleece.disks()) == 1
+
+
+async def test_a_disk_that_does_not_open_keeps_no_other_disk_from_changing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.add("vdb")
+    hanging, real = Hanging(), OwnFile._open
+
+    def open_late(driver: FileDriver, **how: Any) -> OpenImage:
+        hanging()
+        return real(driver, **how)
+
+    monkeypatch.setattr(OwnFile, "_open", open_late)
+    adding = asyncio.create_task(bench.add("vda"))
+    await until(lambda: hanging.is_reached)
+    async with asyncio.timeout(5):
+        await bench.take("vdb")
+    hanging.release()
+    assert (await adding).name == "vda"
+    with pytest.raises(CommandError, match="there is a disk 'vda' already"):
+        await bench.add("vda")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdfleece.base.errors import CommandError, InUse, IoError
 from nbdfleece.block.create import create_overlay
-from nbdfleece.block.drain import in_time
+from nbdfleece.block.drain import flush_in_time
 from nbdfleece.block.graph import check_not_backing
 from nbdfleece.block.node import Node
 from nbdfleece.block.registry import add_from_options
@@ -179,8 +179,7 @@ async def _flush(node: Node) -> None:
     if node.read_only:
         return
     try:
-        async with in_time(f"flushing node '{node.name}'"):
-            await node.flush()
+        await flush_in_time(node)
     except IoError as error:
         raise CommandError("An IO error has occurred") from error
 
