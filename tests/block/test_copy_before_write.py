@@ -423,6 +423,34 @@ async def test_a_bitmap_of_another_size_or_busy_is_refused() -> None:
             await fleecing_over(b"a" * MIB, CopyBeforeWrite(bitmap=bitmap))
 
 
+async def test_a_filter_that_nobody_used_meanwhile_preserves_no_point_in_time() -> None:
+    """What was written past it is nowhere; what it had saved before is of another instant."""
+    fleecing, _, _ = await fleecing_over(b"a" * MIB)
+    await write(fleecing.cbw, 0, b"b" * 4096)
+    await fleecing.graph.remove(fleecing.access)
+    await write(fleecing.active, 4096, b"c" * 4096)
+
+    access = await add_access(fleecing.graph, fleecing.cbw)
+    for offset in (0, 4096):
+        view = memoryview(bytearray(4096))
+        assert not access.read_now(offset, view)
+        with pytest.raises(IoError) as caught:
+            await access.read(offset, view)
+        assert caught.value.errno == errno.EACCES
+    await write(fleecing.cbw, 8192, b"d" * 4096)
+    assert fleecing.filter.saved_bytes == 4096
+
+
+async def test_a_filter_that_has_saved_nothing_may_begin_again() -> None:
+    fleecing, _, _ = await fleecing_over(b"a" * MIB)
+    await fleecing.graph.remove(fleecing.access)
+    await write(fleecing.active, 0, b"b" * 4096)
+
+    access = await add_access(fleecing.graph, fleecing.cbw)
+    await write(fleecing.cbw, 0, b"c" * 4096)
+    assert await read_all(access) == b"b" * 4096 + b"a" * (MIB - 4096)
+
+
 # --- T-F8: block status --------------------------------------------------------------------------
 
 

@@ -173,11 +173,19 @@ class CopyBeforeWrite(Driver):
             self._overlay.release()
 
     def set_permissions(self, perm: int, shared: int) -> None:
-        """Learn whether anybody counts on the filter: without it, an overlay shows live data."""
+        """Learn whether anybody counts on the filter: without it, an overlay shows live data.
+
+        Who comes back later finds no point in time: what was written meanwhile has been saved by
+        nobody, and what is in `target` is of before.
+        """
         if self.node.parents:
             self._has_begun = True
-        elif self._has_begun and self._overlay is not None:
-            self._overlay.cut(f"node '{self.node.name}' has left its place")
+        elif self._has_begun:
+            why = f"node '{self.node.name}' has left its place"
+            if self._overlay is not None:
+                self._overlay.cut(why)
+            if self.error is None and self._has_saved():
+                self.error = IoError(errno.EIO, why)  # no news: whoever took it away knows
 
     async def truncate(self, size: int) -> None:
         """Refuse: the point in time has the size that it has."""
@@ -777,6 +785,11 @@ class CopyBeforeWrite(Driver):
             index = end
         # The first cluster may begin before the range.
         return min(max(index * self._cluster, offset), offset + length)
+
+    def _has_saved(self) -> bool:
+        """Tell whether anything has been saved, or is being saved."""
+        count = len(self._states)
+        return any(self._states.find(state, 0, count) >= 0 for state in (MOVING, DONE, ALL_ZERO))
 
     def _align_down(self, offset: int) -> int:
         return offset - offset % self._cluster
