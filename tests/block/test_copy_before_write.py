@@ -28,6 +28,7 @@ from nbdfleece.block.drivers.copy_before_write import (
 )
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
+from nbdfleece.datapath import fileio
 from nbdfleece.datapath import states as states_module
 from tests.support.early import Told
 from tests.support.fleecing import (
@@ -628,6 +629,28 @@ async def test_first_writes_on_files_save_4k_each(tmp_path: Path) -> None:
             group.create_task(write(fleecing.cbw, index * 4096, b"b" * 4096))
     assert fleecing.filter.saved_bytes == 64 * 4096
     assert temp.stat().st_blocks * 512 == 64 * 4096
+    assert await read_all(fleecing.access) == disk
+    await fleecing.close()
+
+
+async def test_a_fault_in_the_thread_leaves_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as no memory: else each later write there would wait for ever."""
+    disk = b"a" * MIB
+    fleecing, _ = await on_files(tmp_path, disk)
+
+    def fail(*_args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fileio, "_save", fail)
+        with pytest.raises(MemoryError):
+            await write(fleecing.cbw, 0, b"b" * 8192)
+    assert await read_all(fleecing.cbw) == disk
+    assert fleecing.filter.saved_bytes == 0
+    async with asyncio.timeout(5):
+        await write(fleecing.cbw, 4096, b"c" * 4096)
     assert await read_all(fleecing.access) == disk
     await fleecing.close()
 

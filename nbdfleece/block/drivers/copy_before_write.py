@@ -339,20 +339,14 @@ class CopyBeforeWrite(Driver):
         and then a write; the random histories run both.
         """
         first, last = self._clusters(offset, len(data))
-        states = self._states
-        state = states.uniform(first, last)
+        state = self._states.uniform(first, last)
         if state >= SETTLED or len(data) > COPY_PIECE:
             return False
         source, target = self._source(), self._target()
         source_file, target_file = source.plain_file(), target.plain_file()
         if source_file is None or target_file is None or target.bitmaps:
             return False
-        claims = [(first, last)]
-        if state != UNCOPIED:
-            runs = states.runs(first, last)
-            if any(state == MOVING for _, _, state in runs):
-                return False
-            claims = [(start, end) for start, end, state in runs if state == UNCOPIED]
+        claims = [(first, last)] if state == UNCOPIED else self._claimable(first, last)
         saves = self._plan_saves(claims, source_file)
         if not saves:
             return False
@@ -385,12 +379,22 @@ class CopyBeforeWrite(Driver):
                 )
             )
             return False
+        except BaseException:  # the claims of a fault of ours would keep all others waiting
+            self.saved_bytes -= self._unclaim(claims)
+            raise
         finally:
             if source.bitmaps and has_reached_source:
                 source.mark(offset, len(data))
             self._wake_moved()
             self._give_back_zeroes(saves)
         return True
+
+    def _claimable(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Return the runs that are UNCOPIED; none while another copier is at work here."""
+        runs = self._states.runs(first, last)
+        if any(state == MOVING for _, _, state in runs):
+            return []
+        return [(start, end) for start, end, state in runs if state == UNCOPIED]
 
     def _plan_saves(self, claims: list[tuple[int, int]], source_file: FileIo) -> list[Save] | None:
         """Claim the runs and read what is cached of them; None when the way is not open."""
@@ -400,17 +404,20 @@ class CopyBeforeWrite(Driver):
             if span is None:
                 return None
             spans.append(span)
-        saves: list[Save] = []
+        read: list[tuple[Save, bool]] = []
         for (first, last), (page, start, stop) in zip(claims, spans, strict=True):
             offset, length = self._bytes(first, last)
             old = bytearray(length)
             cached = source_file.read_now(offset, memoryview(old))
             # The first byte decides nearly always.
-            if cached and not old[0] and self._zero_is_free and old == bytes(length):
-                page[start:stop] = bytes((ALL_ZERO,)) * (stop - start)
-                continue
-            page[start:stop] = bytes((MOVING,)) * (stop - start)
-            saves.append((offset, old if cached else length, page, start, stop))
+            is_zero = cached and not old[0] and self._zero_is_free and old == bytes(length)
+            read.append(((offset, old if cached else length, page, start, stop), is_zero))
+        saves: list[Save] = []
+        for save, is_zero in read:  # nothing can fail any more
+            _, _, page, start, stop = save
+            page[start:stop] = bytes((ALL_ZERO if is_zero else MOVING,)) * (stop - start)
+            if not is_zero:
+                saves.append(save)
         return saves
 
     async def _save(self, first: int, last: int) -> None:
