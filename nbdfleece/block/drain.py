@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nbdfleece.base.errors import CommandError
 from nbdfleece.base.limits import QUIET_MOMENTS_S, QUIET_TIMEOUT_S
@@ -23,7 +23,9 @@ from nbdfleece.block.permissions import topological
 from nbdfleece.datapath.step import background
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Coroutine, Iterable
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -102,6 +104,14 @@ async def in_time(what: str) -> AsyncIterator[None]:
         raise CommandError(f"{what}: no answer within {QUIET_TIMEOUT_S:g} seconds") from error
 
 
+def started(request: Coroutine[object, None, T]) -> asyncio.Future[T]:
+    """Begin a request of a node for a task that may be cancelled; requests never are.
+
+    Whoever cancels the future abandons the result, and the request runs to its end.
+    """
+    return background(request)
+
+
 async def flush_in_time(node: Node) -> None:
     """Flush a node; who waits gives up after QUIET_TIMEOUT_S, and the flush goes on.
 
@@ -112,7 +122,7 @@ async def flush_in_time(node: Node) -> None:
     Cancel: safe; the flush goes on.
     """
     async with in_time(f"flushing node '{node.name}'"):
-        await background(node.flush())
+        await started(node.flush())
 
 
 def _above(nodes: Iterable[Node]) -> list[Node]:

@@ -50,7 +50,8 @@ class Step(Generic[T]):
         except StopIteration as stop:
             self._on_done(stop.value, None)
             return
-        except Exception as error:  # noqa: BLE001 - the owner of the request sorts it
+        # A cancelled future is somebody's bug; a request whose end is never told stops its node.
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - its owner sorts it
             self._on_done(None, error)
             return
         if awaited is None:  # a bare yield: let others run

@@ -10,7 +10,9 @@ so that a folder which hangs holds up nobody else.
 Invariants
   C1  `put` gets every run once, in ascending order, and is never called twice at a time.
   C2  When `Copy.run` has returned, nobody uses the sink any more.
-  C3  A piece of the job (jobs.job) is in flight while the node is read or discarded, and no longer:
+  C3  A request that has begun is never cancelled: others may wait for the same as it, and a future
+      that one of them cancels is cancelled for all.
+  C4  A piece of the job (jobs.job) is in flight while the node is read or discarded, and no longer:
       a drained section waits for no slow folder.
 """
 
@@ -24,6 +26,7 @@ from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import ZERO, clip
 from nbdfleece.base.limits import BACKUP_BATCH, BACKUP_CLUSTER, BACKUP_READS, JOB_STATUS_PIECE
 from nbdfleece.base.units import KiB, align_down, align_up
+from nbdfleece.block.drain import started
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -71,10 +74,10 @@ class Stopped(Exception):
 
 
 async def to_end(future: asyncio.Future[T]) -> T:
-    """Return the result of a call in a thread that uses what the caller closes behind it.
+    """Return the result of what has to run to its end: a request, or a call in a thread.
 
-    Cancel: it waits all the same; a descriptor that is closed below a thread may be another file's
-    a moment later.
+    Cancel: it waits all the same; see C3, and a descriptor that is closed below a thread may be
+    another file's a moment later.
     """
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
@@ -174,7 +177,8 @@ async def _data_in(job: Job, node: Node, offset: int, length: int) -> list[tuple
         if not await job.begin(0):
             raise Stopped
         try:
-            extents = clip(await node.block_status(offset, end - offset), offset, end - offset)
+            told = await to_end(started(node.block_status(offset, end - offset)))
+            extents = clip(told, offset, end - offset)
         finally:
             job.end()
         found += [(one.offset, one.length) for one in extents if not one.flags & ZERO]
@@ -269,7 +273,7 @@ class Copy(Generic[T]):
             length = min(run.length, self._node.size - run.offset)
             for start in range(0, length, _PIECE):
                 stop = min(start + _PIECE, length)
-                await self._node.read(run.offset + start, view[start:stop])
+                await to_end(started(self._node.read(run.offset + start, view[start:stop])))
                 await asyncio.sleep(0)  # guests have their turn
         finally:
             self._job.end()
@@ -306,7 +310,7 @@ class Copy(Generic[T]):
             raise Stopped
         try:
             length = min(run.length, self._node.size - run.offset)
-            await self._node.discard(run.offset, length)
+            await to_end(started(self._node.discard(run.offset, length)))
         except IoError:
             pass
         finally:

@@ -21,7 +21,7 @@ from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
 from nbdfleece.block.bitmap import find_bitmap
 from nbdfleece.block.bitmap_files import BothKeepers, DiskBitmaps, identity_of
-from nbdfleece.block.drain import flush_in_time, in_time, quiet
+from nbdfleece.block.drain import flush_in_time, in_time, quiet, started
 from nbdfleece.block.graph import above
 from nbdfleece.block.node import Node
 from nbdfleece.fleece.backup_bitmaps import own
@@ -595,7 +595,7 @@ async def _check_remote_is_raw(location: Location, node: Node) -> None:
     start = bytearray(min(PROBE_LENGTH, node.size))
     try:
         async with in_time(f"the first read of disk '{location.disk}'"):
-            await node.read(0, memoryview(start))
+            await node.read(0, memoryview(start))  # of nobody else yet: it may be cancelled
     except IoError as error:
         raise CommandError(f"disk '{location.disk}': {error}") from error
     check_is_raw(location, bytes(start))
@@ -612,7 +612,7 @@ async def _flush(disk: Disk) -> None:
         await disk.node.flush()
         return
     async with in_time(f"the last flush of disk '{disk.name}'"):
-        await disk.node.flush()
+        await started(disk.node.flush())
 
 
 def _check_size(location: Location, size: int) -> None:

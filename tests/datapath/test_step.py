@@ -127,3 +127,22 @@ async def test_background_work_goes_on_when_its_result_is_abandoned() -> None:
     await asyncio.sleep(0)
 
     assert ended == ["work"]
+
+
+async def test_a_cancelled_future_is_told_as_an_error() -> None:
+    """Else the request would count as running for ever, and no drained section would begin."""
+    ends = Ends()
+    shared: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def request() -> None:
+        await shared
+
+    step.Step(request(), ends).resume()
+    behind = step.background(request())
+    shared.cancel()
+    await ends.wait(1)
+    ((result, error),) = ends.ends
+    assert result is None
+    assert isinstance(error, asyncio.CancelledError)
+    with pytest.raises(asyncio.CancelledError):
+        await behind

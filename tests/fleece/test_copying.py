@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -242,3 +243,32 @@ async def test_what_has_been_put_is_given_up_if_wanted(bench: Bench) -> None:
 
     assert any(before)
     assert not any(bench.driver.data)
+
+
+@pytest.mark.parametrize("verb", ["read", "block_status", "discard"])
+async def test_what_has_begun_is_never_cancelled(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Guests may wait for the same: for a table of an image that is being read, say."""
+    bench.driver.data[:] = b"x" * SIZE
+    shared: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    reached, real = asyncio.Event(), getattr(bench.driver, verb)
+
+    async def late(*args: Any) -> object:
+        reached.set()
+        await shared
+        return await real(*args)
+
+    monkeypatch.setattr(bench.driver, verb, late)
+    copying = asyncio.create_task(bench.copy(allocated(bench.job, bench.node), discard=True))
+    await reached.wait()
+    copying.cancel()
+    await turns(20)
+    assert not shared.cancelled()
+    assert not copying.done()
+
+    shared.set_result(None)
+    with pytest.raises(asyncio.CancelledError):
+        await copying
+    assert bench.node.in_flight == 0
+    assert bench.job.is_idle()
