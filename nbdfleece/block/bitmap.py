@@ -56,13 +56,13 @@ class BitmapStore(Protocol):
     """Where a persistent bitmap outlives the process.
 
     Attributes:
-        renew_at: By time.monotonic: no write begins later than this without `renew`.
+        renew_at: By time.monotonic: no write or flush begins later than this without `renew`.
     """
 
     renew_at: float
 
     def renew(self) -> None:
-        """Learn that the node is being written, and move `renew_at` on. Cannot fail."""
+        """Learn that the node is being written or flushed, and move `renew_at` on. Cannot fail."""
 
     def record(self, first: int, last: int) -> None:
         """Make the granules [first, last) dirty, before this returns. Cannot fail.

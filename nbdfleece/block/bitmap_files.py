@@ -10,7 +10,7 @@ Invariants (formats.bitmap_file says what is in a file)
       of it, in place, what is in neither, and whatever has been done of that when the process dies
       is no error.
   K3  A file that was found inconsistent stays so.
-  K4  No guest's write begins later than the time that the header gives for the last change.
+  K4  No guest's write, or flush, begins later than the header says that the disk was last changed.
   K5  A file that is not all there yet, or that lacks a mark, says that it cannot be trusted. If not
       even that can be written it is cut, and found damaged.
 

@@ -339,6 +339,8 @@ class Node:
         Cancel: not cancelled.
         """
         self.in_flight += 1
+        if self.bitmaps:
+            self._renew_stores()  # an image writes metadata now
         try:
             await self.verbs.flush()
         finally:
@@ -367,6 +369,11 @@ class Node:
             return await self.driver.allocation_depth(offset, length)
         finally:
             self.leave()
+
+    def _renew_stores(self) -> None:
+        for bitmap in self.bitmaps.values():
+            if bitmap.store is not None and monotonic() > bitmap.store.renew_at:
+                bitmap.store.renew()
 
     def mark_before(self, offset: int, length: int) -> None:
         """Mark the bitmaps that are kept in a store: a write is about to begin (N2)."""

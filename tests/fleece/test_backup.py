@@ -16,13 +16,15 @@ import pytest
 
 from nbdfleece.backup.folder import DiskFolder
 from nbdfleece.base.errors import CommandError, InUse, IoError, NotFound
+from nbdfleece.block import bitmap_files
 from nbdfleece.block.bitmap import new_bitmap
+from nbdfleece.block.bitmap_files import DiskBitmaps
 from nbdfleece.block.create import find_creator
 from nbdfleece.block.drain import drained
 from nbdfleece.block.node import Node
 from nbdfleece.block.registry import add_from_options
 from nbdfleece.fleece.backup import BackupOptions, BackupRun, Backups
-from nbdfleece.fleece.disk import Disk
+from nbdfleece.fleece.disk import Disk, last_change
 from nbdfleece.fleece.location import make_location
 from nbdfleece.fleece.snapshot import SnapshotOptions
 from nbdfleece.jobs.job import JobOptions, Status
@@ -303,6 +305,26 @@ async def test_an_image_that_was_closed_is_not_taken_for_changed_by_others(tmp_p
             await bench.jobs.close()
         assert await bench.fleece.close()
         bench.state.close()
+
+
+async def test_a_flush_of_an_image_is_not_taken_for_a_change_by_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes metadata, perhaps long behind the last write; then the daemon is killed."""
+    monkeypatch.setattr(bitmap_files, "_AHEAD_NS", 100_000_000)
+    monkeypatch.setattr(bitmap_files, "_RENEW_S", 0.01)
+    path = await make_qcow2(bench, "vdc.qcow2")
+    disk = await bench.fleece.add_disk(make_location("vdc", path, {"format": "qcow2"}))
+    await bench.backup("vdc")
+    await write(disk, 0, b"x" * SIZE)
+    await asyncio.sleep(0.2)
+    await disk.export.node.flush()
+
+    other = await another_drive(bench)
+    other.read_only = True
+    kept = DiskBitmaps(bench.state.bitmap_folder("vdc"), other, disk.kept._identity)
+    (found,) = kept.load(last_change(disk.location))
+    assert (found.inconsistent, found.count()) == (False, SIZE)
 
 
 # --- another drive -------------------------------------------------------------------------------
