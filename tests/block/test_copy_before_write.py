@@ -310,6 +310,20 @@ async def test_a_timeout_under_break_snapshot_breaks_the_snapshot_alone() -> Non
     temp.held.set()
 
 
+async def test_nothing_is_saved_any_more_when_guests_have_been_let_through() -> None:
+    """An overlay that is the target is read by itself: what is in it has to be of the instant."""
+    disk = b"a" * 3 * MIB
+    fleecing, active, temp = await fleecing_over(
+        disk, CopyBeforeWrite(on_cbw_error=BREAK_SNAPSHOT, cbw_timeout_s=0.02)
+    )
+    temp.hold.add("write")
+    await write(fleecing.cbw, 0, b"b" * 3 * MIB)
+    assert bytes(active.data) == b"b" * 3 * MIB
+    temp.held.set()
+    await until(lambda: fleecing.cbw.in_flight == 0)
+    assert set(temp.data) == {0, ord("a")}
+
+
 async def test_a_timeout_of_more_than_4_seconds_is_not_cut_to_32_bits() -> None:
     """T-C5: 5 s is 5 s. The loop is asked when it would fire, instead of waiting."""
     fleecing, _, temp = await stuck(BREAK_GUEST, 5.0)

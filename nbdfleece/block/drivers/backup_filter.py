@@ -139,6 +139,7 @@ class BackupFilter(CopyBeforeWrite):
         except IoError:
             # The read will say what is wrong.
             return min(end, offset + max(COPY_PIECE, self._cluster)), False
+        self._check_whole()
         extent = merge(clip(found, offset, end - offset))[0]
         if not extent.flags & ZERO:
             return min(end, align_up(extent.end, self._cluster)), False

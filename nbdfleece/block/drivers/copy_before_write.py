@@ -28,7 +28,8 @@ Invariants (tests/model/test_fleecing.py holds the driver to them)
      not DONE was old data (by B); the rest it reads again from `target`. So guest writes never
      wait for readers, and a slow reader delays nobody.
   D  Once the snapshot is broken there is no copying, so C has nothing to look at: a write then
-     waits until no reader that began before is reading its range (the frozen reads).
+     waits until no reader that began before is reading its range (the frozen reads). A copy that
+     had begun puts nothing into `target` that it has read since.
   E  Hence a read in flight when the snapshot breaks still returns right data; the next one fails.
   F  The snapshot error is set once and never changes.
 
@@ -303,7 +304,8 @@ class CopyBeforeWrite(Driver):
                     else:
                         await self._save(first, last)
                 except IoError as error:
-                    self._give_way(error)
+                    if self.error is None:
+                        self._give_way(error)
         if self.error is not None and self._frozen:
             # It cannot wait for itself: a frozen read is a read of `file` and ends by itself.
             await self._frozen.wait_clear(offset, length)
@@ -483,9 +485,9 @@ class CopyBeforeWrite(Driver):
         offset, length = self._bytes(first, last)
         end = offset + length
         while end - offset > COPY_PIECE:  # for less, reading it is as cheap as asking
-            for extent in clip(
-                await self._source().block_status(offset, end - offset), offset, end - offset
-            ):
+            found = await self._source().block_status(offset, end - offset)
+            self._check_whole()
+            for extent in clip(found, offset, end - offset):
                 # `offset` is at a border of clusters, inside this extent or behind it.
                 if extent.flags & ZERO:
                     last_zero = extent.end if extent.end == end else self._align_down(extent.end)
@@ -517,6 +519,7 @@ class CopyBeforeWrite(Driver):
             buffer = bytearray(length)
             view = memoryview(buffer)
             await self._read_old(offset, view)
+            self._check_whole()
             for start, stop, is_zero in self._zero_runs(buffer):
                 if is_zero:
                     self._settle(offset + start, offset + stop, ALL_ZERO)
@@ -529,6 +532,15 @@ class CopyBeforeWrite(Driver):
                     raise
                 self._settle(offset + start, offset + stop, DONE)  # behind the write: B
             offset += length
+
+    def _check_whole(self) -> None:
+        """Check that what has just been read is old: that no guest has been let through (D).
+
+        Raises:
+            IoError: The snapshot error.
+        """
+        if self.error is not None:
+            raise self.error
 
     async def _read_old(self, offset: int, view: memoryview) -> None:
         source = self._source()
