@@ -168,7 +168,7 @@ class Backups:
             run = await self._begin(options, job_options, executor, opened)
         except BaseException:
             for one in opened:
-                one.folder.close()
+                await in_thread(executor, one.folder.close)
             executor.shutdown(wait=False)
             raise
         self.runs.append(run)

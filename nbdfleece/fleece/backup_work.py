@@ -179,12 +179,13 @@ class BackupWork:
         self.let_go()
         failed: list[str] = []
         for part in self._parts:
-            if part.folder is not None:
-                part.folder.close()
             try:
                 await self._settle(part)
             except CommandError as error:
                 failed.append(f"{part.disk}: {error}")
+        for part in self._parts:
+            if part.folder is not None:
+                await self._in_thread(part.folder.close)
         self._executor.shutdown(wait=False)
         if failed:
             raise BackupError("; ".join(failed))
@@ -212,23 +213,23 @@ class BackupWork:
         assert point is not None, "the part has its point"
         path = folder.partial(point)
         fd = await self._in_thread(Files().create, path)
-        try:
-            image = await self._in_thread(NewImage, fd, image_size(part.size), _backing(part))
-            sink = FileSink(image, compress=point.compressed)
-            await self._copy(job, part, sink)
-            await self._flush(job, part)
-            sha256, file_bytes = await self._in_thread(image.finish)
-            part.point = replace(point, sha256=sha256, file_bytes=file_bytes)
-            await self._in_thread(folder.finish, Change(part.point), fd)
-            part.data_bytes = image.data_bytes
-            part.is_finished = True
-            part.done = part.total
-        except BaseException:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(fd)
+        async with contextlib.AsyncExitStack() as opened:
+            opened.push_async_callback(self._in_thread, os.close, fd)
+            try:
+                image = await self._in_thread(NewImage, fd, image_size(part.size), _backing(part))
+                sink = FileSink(image, compress=point.compressed)
+                await self._copy(job, part, sink)
+                await self._flush(job, part)
+                sha256, file_bytes = await self._in_thread(image.finish)
+                part.point = replace(point, sha256=sha256, file_bytes=file_bytes)
+                await self._in_thread(folder.finish, Change(part.point), fd)
+                part.data_bytes = image.data_bytes
+                part.is_finished = True
+                part.done = part.total
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    await self._in_thread(path.unlink, missing_ok=True)
+                raise
 
     async def _to_stream(self, job: Job, part: Part, path: Path) -> None:
         """Write the whole disk to a FIFO.

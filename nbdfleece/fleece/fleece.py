@@ -209,7 +209,7 @@ class Fleece:
             options = ExportOptions(name, name, not location.read_only, "")
             export = self._exports.add(node, options)
         except BaseException:
-            await asyncio.to_thread(kept.finish, last_change(location))
+            await asyncio.to_thread(lambda: kept.finish(last_change(location)))
             raise
         disk = self._disks[location.disk] = Disk(location, node, export, kept)
         await export_found(disk, self._graph, self._exports)

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -285,6 +286,38 @@ async def test_a_disk_or_reader_that_is_not_there_is_named(bench: Bench) -> None
 def _made(path: Path) -> Path:
     path.mkdir()
     return path
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_a_folder_that_hangs_at_the_end_of_a_backup_holds_up_nobody(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, *, is_cancelled: bool
+) -> None:
+    """The file is closed, and removed when it was not finished, by threads."""
+    loop_thread = threading.get_ident()
+    close, unlink = os.close, Path.unlink
+    by_loop: list[str] = []
+
+    def note(what: str) -> None:
+        if threading.get_ident() == loop_thread and what.startswith(str(bench.to)):
+            by_loop.append(what)
+
+    def close_noted(fd: int) -> None:
+        note(os.readlink(f"/proc/self/fd/{fd}"))
+        close(fd)
+
+    def unlink_noted(path: Path, missing_ok: bool = False) -> None:
+        note(str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(os, "close", close_noted)
+    monkeypatch.setattr(Path, "unlink", unlink_noted)
+    run = await bench.start(speed=1000 if is_cancelled else 0)
+    if is_cancelled:
+        run.job.cancel()
+    await run.job.wait_concluded()
+    assert run.state == ("cancelled" if is_cancelled else "done")
+    assert by_loop == []
+    assert not list((bench.to / "vda").glob("*.partial"))
 
 
 # --- restarts ------------------------------------------------------------------------------------
