@@ -364,3 +364,26 @@ async def test_a_disk_that_does_not_open_keeps_no_other_disk_from_changing(
     assert (await adding).name == "vda"
     with pytest.raises(CommandError, match="there is a disk 'vda' already"):
         await bench.add("vda")
+
+
+async def test_a_snapshot_goes_whatever_the_close_of_its_temporary_image_says(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS tells there that there was no space for what it had taken."""
+    disk = await bench.add("vda")
+    await bench.take("vda")
+    await write(disk, 0, b"x" * 65536)
+    close = os.close
+
+    def full(fd: int) -> None:
+        is_temp = os.readlink(f"/proc/self/fd/{fd}").endswith("/temp.raw")
+        close(fd)
+        if is_temp:
+            raise OSError(errno.EDQUOT, "over the quota")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", full)
+        await bench.delete("vda", succeeded=False)
+    assert disk.snapshots == {}
+    assert not list((bench.folder / "state" / "vda" / "snapshots").iterdir())
+    await bench.take("vda")

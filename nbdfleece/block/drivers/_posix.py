@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 import struct
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from nbdfleece.datapath.route import EarlyReply
+
+_log: Final = logging.getLogger(__name__)
 
 _BLKSSZGET: Final = 0x1268  # <linux/fs.h>
 _INT: Final = struct.Struct("@i")
@@ -142,10 +145,16 @@ class PosixDriver(Driver):
         closing = _InForce(self._opened(), self._direct, self._cache_direct)
         fds = closing.fds() | ({self._locked_fd} if self._locked_fd >= 0 else set())
         self._io = self._direct = self._locks = None
+        await self._close(closing.io, fds)
+
+    async def _close(self, io: FileIo, fds: Iterable[int]) -> None:
+        """Close descriptors, in a thread; the kernel has let go of them whatever it says then."""
         try:
-            await closing.io.run(lambda: _close(fds), "close", 0, 0)
+            await io.run(lambda: _close(fds), "close", 0, 0)
+        except IoError as error:
+            _log.error("node '%s': %s", self.node.name, error)
         finally:
-            closing.io.close()
+            io.close()
 
     async def reopen_prepare(self, to: Reopening) -> None:
         """Open the image in the other way, where that makes a difference.
@@ -183,11 +192,7 @@ class PosixDriver(Driver):
         spare, self._spare = self._spare, None
         if spare is None:
             return
-        fds = spare.fds() - {self._locked_fd}
-        try:
-            await spare.io.run(lambda: _close(fds), "close", 0, 0)
-        finally:
-            spare.io.close()
+        await self._close(spare.io, spare.fds() - {self._locked_fd})
 
     def _open(self, *, read_only: bool, direct: bool, same_as: int = -1) -> OpenImage:
         """Open the image; in a thread, so nothing of ours changes. Nothing stays open on errors.
@@ -358,5 +363,12 @@ def _is_all_hole(fd: int) -> bool:
 
 
 def _close(fds: Iterable[int]) -> None:
+    """Close all; raise the last error."""
+    failed: OSError | None = None
     for fd in fds:
-        os.close(fd)
+        try:
+            os.close(fd)
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
