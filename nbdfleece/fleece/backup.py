@@ -36,7 +36,6 @@ from nbdfleece.backup.manifest import Point
 from nbdfleece.backup.names import Kind, point_name
 from nbdfleece.base.errors import CommandError
 from nbdfleece.base.limits import BACKUP_THREADS, MAX_BACKUP_RUNS
-from nbdfleece.block.drain import quiet
 from nbdfleece.fleece.backup_bitmaps import bitmap_prefix, forget_bitmap, make_bitmap
 from nbdfleece.fleece.backup_plan import Base, choose_base, damage_of
 from nbdfleece.fleece.backup_work import BackupWork, Part, in_thread
@@ -297,7 +296,7 @@ class Backups:
                     new = await make_bitmap(disk, bitmap)
                     made.append((disk, new))
                 await taking.prepare()
-                async with quiet(*taking.tops()):
+                async with taking.quiet():
                     await taking.engage()
                     for disk, new in made:
                         if disk.is_in_place:

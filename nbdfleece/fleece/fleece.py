@@ -21,7 +21,7 @@ from nbdfleece.base.limits import MAX_NODE_NAME, MAX_SIZE
 from nbdfleece.base.notify import Notifier
 from nbdfleece.block.bitmap import find_bitmap
 from nbdfleece.block.bitmap_files import BothKeepers, DiskBitmaps, identity_of
-from nbdfleece.block.drain import flush_in_time, in_time, quiet, started
+from nbdfleece.block.drain import flush_in_time, in_time, started
 from nbdfleece.block.graph import above
 from nbdfleece.block.node import Node
 from nbdfleece.fleece.backup_bitmaps import own
@@ -409,7 +409,7 @@ class Fleece:
             taking = self.take(disks, name, options)
             try:
                 await taking.prepare()
-                async with quiet(*taking.tops()):
+                async with taking.quiet():
                     await taking.engage()
                 await taking.expose()
                 await taking.keep()

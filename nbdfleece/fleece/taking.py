@@ -12,18 +12,19 @@ holds `Fleece.changing`.
 from __future__ import annotations
 
 import logging
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from nbdfleece.base.errors import CommandError
-from nbdfleece.block.drain import in_time
+from nbdfleece.block.drain import in_time, quiet
 from nbdfleece.fleece.bitmaps import TiedBitmap
 from nbdfleece.fleece.internal import InternalSnapshot
 from nbdfleece.fleece.snapshot import Snapshot
 from nbdfleece.server.exports import RemoveMode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
@@ -76,6 +77,22 @@ class Taking:
             CommandError: A disk is on its way out.
         """
         return [disk.top for disk in self.group]
+
+    @asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        """Hold a drained section over the tops, also over what becomes one while guests end.
+
+        Raises:
+            CommandError: Requests do not end, or a disk is on its way out.
+
+        Cancel: safe; the section is closed.
+        """
+        drained: set[Node] = set()
+        async with AsyncExitStack() as sections:
+            while wanted := [top for top in self.tops() if top not in drained]:
+                await sections.enter_async_context(quiet(*wanted))
+                drained.update(wanted)
+            yield
 
     async def prepare(self) -> None:
         """Make files and nodes, beside the guests.

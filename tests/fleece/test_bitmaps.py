@@ -17,6 +17,7 @@ import pytest
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.block.bitmap import DirtyBitmap, new_bitmap
 from nbdfleece.block.drivers._posix import OpenImage
+from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
@@ -26,10 +27,12 @@ from nbdfleece.fleece.fleece import Fleece
 from nbdfleece.fleece.location import make_location
 from nbdfleece.fleece.snapshot import Snapshot, SnapshotOptions
 from nbdfleece.fleece.store import StateFolder
+from nbdfleece.fleece.taking import Taking
 from nbdfleece.server.exports import Exports
 from nbdfleece.server.tokens import Tokens
 from tests.jobs.test_backup import Guest
-from tests.support.fleecing import read_all
+from tests.support.fleecing import add_filter, add_plain, read_all
+from tests.support.memory import MemoryDriver
 from tests.support.waiting import turns, until
 
 GRANULE = 4096
@@ -300,6 +303,34 @@ async def test_success_settles_nothing_before_the_disk_is_flushed(
 
     await bench.delete("vda", succeeded=True)
     assert dirty(disk.node.bitmaps["b"]) == set()
+
+
+async def test_the_instant_is_that_of_the_top_whatever_leaves_while_guests_are_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The filter of a backup job that ends goes without asking Fleece."""
+    disk = await bench.add("vda")
+    target = await add_plain(bench.graph, MemoryDriver(bytearray(SIZE)))
+    job_filter = await add_filter(bench.graph, disk.node, target, CopyBeforeWrite())
+    bench.graph.insert_filter(job_filter)
+    tops, engage, drained = Taking.tops, Taking.engage, []
+
+    def tops_before_the_job_ends(taking: Taking) -> list[Node]:
+        found = tops(taking)
+        if job_filter.parents:
+            bench.graph.remove_filter(job_filter)
+        return found
+
+    async def look(taking: Taking) -> None:
+        drained.extend((top.name, top.is_drained) for top in tops(taking))
+        await engage(taking)
+
+    monkeypatch.setattr(Taking, "tops", tops_before_the_job_ends)
+    monkeypatch.setattr(Taking, "engage", look)
+    await bench.take("vda")
+    assert drained == [("vda", True)]
+    await bench.graph.remove(job_filter)
+    await bench.graph.remove(target)
 
 
 # --- a disk that hangs ---------------------------------------------------------------------------
