@@ -609,7 +609,7 @@ async def _flush(disk: Disk) -> None:
         CommandError: A server does not answer.
     """
     if disk.location.remote is None:
-        await disk.node.flush()
+        await started(disk.node.flush())  # as long as it takes; at the daemon's end no longer
         return
     async with in_time(f"the last flush of disk '{disk.name}'"):
         await started(disk.node.flush())

@@ -376,6 +376,20 @@ async def test_a_flush_that_hangs_keeps_no_other_disk_from_changing(
     assert not bench.fleece.snapshots("vda") if "delete" in verb else len(bench.fleece.disks()) == 1
 
 
+async def test_a_flush_that_hangs_keeps_no_daemon_from_its_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.add("vda")
+    hanging = Hanging()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", hanging)
+        async with asyncio.timeout(5):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(bench.fleece.close(), 0.2)
+    assert hanging.is_reached
+    hanging.release()
+
+
 async def test_a_disk_that_does_not_open_keeps_no_other_disk_from_changing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
