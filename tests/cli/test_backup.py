@@ -297,10 +297,14 @@ def test_a_backup_interrupted_before_it_has_begun_is_given_up(
     with socket.socket(socket.AF_UNIX) as server, Client(str(daemon.control)) as other:
         server.bind(silent)
         server.listen()
-        # Whoever changes what is served waits for this one.
-        location = f"nbd+unix:///x?socket={silent}"
-        adding = {"execute": "fleece-disk-add", "arguments": {"disk": "x", "location": location}}
-        other.send(adding)
+        # Whoever changes what is served waits for this one, since it snapshots a disk.
+        at = {"type": "unix", "path": silent}
+        waiting = {"driver": "nbd", "node-name": "x", "server": at, "export": "x"}
+        actions = [
+            {"type": "blockdev-add", "data": waiting},
+            {"type": "blockdev-snapshot", "data": {"node": "vda", "overlay": "x"}},
+        ]
+        other.send({"execute": "transaction", "arguments": {"actions": actions}})
         connection, _ = server.accept()
         with started(daemon, "backup", "create", "vda", "--to", to, "--rate", "64K") as command:
             assert command.stderr is not None
@@ -315,7 +319,9 @@ def test_a_backup_interrupted_before_it_has_begun_is_given_up(
             server.close()
             assert command.wait(30) == 130
             assert "Traceback" not in command.stderr.read()
-        assert "error" in other.receive()
+        while "event" in (answer := other.receive()):
+            pass
+        assert "error" in answer
         assert [run.text("state") for run in other.query("query-fleece-backups")] == ["cancelled"]
     assert daemon.run("snapshot", "list").out == ""
 
