@@ -638,3 +638,17 @@ async def test_the_dirty_bit_is_set_again_when_it_may_have_been_cleared(
         await reopen(graph, [again])
     await node.write(SIZE // 2, memoryview(b"b" * 512), fua=True)
     assert h.parse_header(bytes(file.content)).incompatible & h.DIRTY
+
+
+@pytest.mark.deadline(10)
+async def test_closing_is_given_up_when_the_disk_is_stuck(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that has to end does not wait for ever."""
+    graph, path = Graph(), make_qcow2(tmp_path / "x.qcow2", IMAGES["plain"])
+    file, node = await _doubtful(graph, path.read_bytes(), rng)
+    stuck = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(file, "flush", lambda: stuck)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await graph.remove(node)

@@ -173,7 +173,7 @@ class Qcow2Driver(Driver):
         # what was not written.
         for write_out in (image.bitmaps.store, image.settle_all):
             try:
-                await image.alone(write_out)
+                await image.alone(write_out, is_last=True)
             except (IoError, CommandError, ImageError) as error:
                 _log.error("node '%s': closing: %s", self.node.name, error)
 

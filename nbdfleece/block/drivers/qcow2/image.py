@@ -9,7 +9,6 @@ Invariants
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 from dataclasses import replace
@@ -190,22 +189,32 @@ class Image:
 
     # --- changes by commands ---------------------------------------------------------------
 
-    async def alone(self, change: Callable[[], Coroutine[object, None, T]]) -> T:
+    async def alone(
+        self, change: Callable[[], Coroutine[object, None, T]], *, is_last: bool = False
+    ) -> T:
         """Carry out a change that a command makes, with no other one beside it.
 
         A drained section does not see to that: several may be open at a time.
 
+        Args:
+            change: Makes it.
+            is_last: The image is of no use behind it: a disk that is stuck must not keep the
+                program from ending.
+
         Raises:
             What `change` does.
 
-        Cancel: before it has begun. Then it is of no effect: what is in memory would not be what is
-            on disk, nor what others have been told.
+        Cancel: before it has begun, or when it is the last. Else it is of no effect: what is in
+            memory would not be what is on disk, nor what others have been told.
         """
         async with self._commanding:
             running = background(change())
             while not running.done():
-                with contextlib.suppress(asyncio.CancelledError):
+                try:
                     await asyncio.wait([running])
+                except asyncio.CancelledError:
+                    if is_last:
+                        raise
             return running.result()
 
     # --- the image's file ------------------------------------------------------------------
