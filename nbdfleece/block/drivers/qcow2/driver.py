@@ -569,7 +569,11 @@ class Qcow2Driver(Driver):
         epoch = image.frees.epoch
         epoch.count += 1
         try:
-            await self._written().write_in_place(host, data, reply)
+            file = self._written().plain_file(host, length)
+            if file is not None:
+                await file.write(host, data, fua=False, reply=reply)
+            else:
+                await self._written().write_in_place(host, data, reply)
         finally:
             epoch.count -= 1
 
