@@ -3,7 +3,8 @@
 full         `fleece-backup` into a new folder, in turn with `qemu-img convert -O qcow2` of the
              reference's snapshot export; both to stable storage. The ratio is convert's time
              by ours, so more is better.
-incremental  a guest has written 1 % of the disk, in clusters of 64 KiB at random places
+incremental  a guest has written 1 % of a sparse disk of 8 GiB, in clusters of 64 KiB at random
+             places
 bitmap       a guest writes 4 KiB at random places, with a recording bitmap that is kept over a
              crash and without, in turn; the ratio is that of the rates, so 1 means no cost
 """
@@ -14,7 +15,7 @@ import json
 import shutil
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from loads import CLUSTER, MIB, Task, random_io, write_clusters
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 FULL_TARGET: Final = 1.5
 BITMAP_TARGET: Final = 0.95
 DEPTHS: Final = (1, 16)
-CHANGED: Final = 0.01  # of the disk, before an incremental backup
+BIG_DISK: Final = 8 << 30  # bytes; for incremental backups
+CHANGED: Final = 0.01  # of that disk, before an incremental backup
 
+_BIG: Final = "big"
 _BITMAP: Final = "bench"
 _TIMEOUT_S: Final = 600.0
 
@@ -91,19 +94,14 @@ def measure(
         for pair in range(pairs):
             task = make_task(pair, ours.live_uri())
             place = folder / f"full-{pair}"
-            seconds, _ = _backup(ours, place)
+            seconds, _ = _backup(ours, DISK, place)
             found.full_rate.append(task.size / MIB / seconds)
             seconds = _convert(reference.snapshot_uri(), folder / "convert.qcow2")
             found.convert_rate.append(task.size / MIB / seconds)
-            count = max(1, round(task.size * CHANGED) // CLUSTER)
-            found.changed_bytes = count * CLUSTER
-            write_clusters(count)(task)
-            seconds, data = _backup(ours, place)
-            found.incremental_s.append(seconds)
-            found.incremental_bytes.append(data)
             for name in _bitmaps(ours):  # that of this folder, which is not used again
                 _ask(ours, "fleece-bitmap-remove", {"disk": DISK, "bitmap": name})
             shutil.rmtree(place)
+        _measure_incremental(found, ours, make_task, pairs, folder)
         for depth in DEPTHS:
             load = random_io("randwrite", "4k", depth)
             found.bitmap[depth] = []
@@ -120,11 +118,35 @@ def measure(
     return found
 
 
-def _backup(ours: Fleece, place: Path) -> tuple[float, int]:
-    """Back the disk up; return seconds, from the request to the synced file, and bytes of data."""
+def _measure_incremental(
+    found: Backups,
+    ours: Fleece,
+    make_task: Callable[[int, str], Task],
+    pairs: int,
+    folder: Path,
+) -> None:
+    """Back a big disk up, and again behind each of `pairs` times that a guest wrote to it."""
+    file, place = folder / "big.raw", folder / "big"
+    with file.open("wb") as empty:
+        empty.truncate(BIG_DISK)
+    _ask(ours, "fleece-disk-add", {"location": str(file), "disk": _BIG})
+    _backup(ours, _BIG, place)
+    count = round(BIG_DISK * CHANGED) // CLUSTER
+    found.changed_bytes = count * CLUSTER
+    for pair in range(pairs):
+        task = replace(make_task(pair, ours.disk_uri(_BIG)), size=BIG_DISK)
+        write_clusters(count)(task)
+        seconds, data = _backup(ours, _BIG, place)
+        found.incremental_s.append(seconds)
+        found.incremental_bytes.append(data)
+    _ask(ours, "fleece-disk-remove", {"disk": _BIG})
+
+
+def _backup(ours: Fleece, disk: str, place: Path) -> tuple[float, int]:
+    """Back a disk up; return seconds, from the request to the synced file, and bytes of data."""
     with _Control(ours) as control:
         start = time.perf_counter()
-        run = control.ask("fleece-backup", {"disks": [DISK], "dir": str(place)})
+        run = control.ask("fleece-backup", {"disks": [disk], "dir": str(place)})
         control.wait_concluded(run["job-id"])
         seconds = time.perf_counter() - start
         runs = control.ask("query-fleece-backups", {})

@@ -217,7 +217,7 @@ def _backup_table(found: Backups) -> Table:
         )
         for depth, ratios in found.bitmap.items()
     ]
-    name = f"incremental backup, {_mib(found.changed_bytes)} MiB written (s)"
+    name = f"incremental backup of 8 GiB, {_mib(found.changed_bytes)} MiB written (s)"
     times = [median(found.incremental_s), min(found.incremental_s), max(found.incremental_s)]
     rows.append([name, *(f"{value:.2f}" for value in times), NONE, NONE])
     read = found.incremental_bytes

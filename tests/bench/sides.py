@@ -186,7 +186,11 @@ class Fleece(_Base):
         shutil.rmtree(self._state, ignore_errors=True)
 
     def live_uri(self) -> str:
-        return self._uri(DISK)
+        return self.disk_uri(DISK)
+
+    def disk_uri(self, disk: str) -> str:
+        """Return the URI of the live export of a disk."""
+        return self._uri(disk)
 
     def snapshot_uri(self) -> str:
         return self._uri(f"{DISK}@{SNAPSHOT}")
