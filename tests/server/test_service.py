@@ -73,7 +73,7 @@ async def test_it_starts_once_and_again_when_stopped(short_tmp: Path) -> None:
 
 async def test_what_it_could_not_start_with_is_let_go(short_tmp: Path) -> None:
     async with world_in(short_tmp) as world:
-        for address, text in (
+        cases = (
             (UnixAddress(str(short_tmp / "no" / "s")), "Failed to bind socket to .*: No such file"),
             (UnixAddress("x" * 200), "is too long"),
             (UnixAddress(""), "is too long"),
@@ -81,10 +81,11 @@ async def test_what_it_could_not_start_with_is_let_go(short_tmp: Path) -> None:
             (UnixAddress("\ud800"), "is not a file name"),
             (TcpAddress("a..b", 1), "^address resolution failed for a..b:1: Name or service"),
             (TcpAddress("192.0.2.1", 1), "^Failed to bind socket: Cannot assign requested address"),
-        ):
+        )
+        for address, text in cases:
             with pytest.raises(CommandError, match=text):
                 await world.service.start(address, Terms(), world.stopped)
-        assert world.stops == 4
+        assert world.stops == len(cases)
         assert not world.service.is_running
 
 
