@@ -549,22 +549,28 @@ class Fleece:
     async def close(self) -> bool:
         """Give up all snapshots, which last no longer than the process, and close the disks.
 
+        All at a time: one that does not answer keeps no other from being closed.
+
         Returns:
             Whether all could be closed; what could not is logged.
 
         Cancel: the rest stays open.
         """
-        is_clean = True
         async with self.changing:
             if self._has_what_users_made():
                 await self._remove_what_users_made()
-            for disk in self.disks():
-                try:
-                    await self._close_whatever_it_takes(disk)
-                except CommandError as error:
-                    is_clean = False
-                    _log.error("disk %s: %s", disk.name, error)
-        return is_clean
+            async with asyncio.TaskGroup() as tasks:
+                closing = [tasks.create_task(self._can_close(disk)) for disk in self.disks()]
+        return all(task.result() for task in closing)
+
+    async def _can_close(self, disk: Disk) -> bool:
+        """Close a disk at the end, or say why not."""
+        try:
+            await self._close_whatever_it_takes(disk)
+        except CommandError as error:
+            _log.error("disk %s: %s", disk.name, error)
+            return False
+        return True
 
     def _has_what_users_made(self) -> bool:
         """Tell whether commands have made nodes or exports beside those of disks and snapshots."""

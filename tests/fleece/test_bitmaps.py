@@ -390,6 +390,27 @@ async def test_a_flush_that_hangs_keeps_no_daemon_from_its_end(
     hanging.release()
 
 
+async def test_at_the_end_a_flush_that_hangs_keeps_no_other_disk_from_being_closed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image has its bitmaps written back when it is closed, and none that is left open."""
+    await bench.add("vda")
+    await bench.add("vdb")
+    hanging, real = Hanging(), os.fdatasync
+
+    def sync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("vda.raw"):
+            hanging()
+        real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", sync)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(bench.fleece.close(), 0.5)
+    assert [disk.name for disk in bench.fleece.disks()] == ["vda"]
+    hanging.release()
+
+
 async def test_a_disk_that_does_not_open_keeps_no_other_disk_from_changing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
