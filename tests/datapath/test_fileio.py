@@ -230,17 +230,52 @@ async def test_what_the_kernel_could_not_write_is_told_to_every_flush(
     await opened.io.write(0, data, fua=False)
 
 
-async def test_a_durable_write_that_found_no_space_spoils_no_flush(
-    opened: OpenFile, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_full", [True, False])
+async def test_a_durable_write_without_space_spoils_flushes_if_others_have_lost_data(
+    opened: OpenFile, monkeypatch: pytest.MonkeyPatch, *, is_full: bool
 ) -> None:
+    """On NFS a durable write is told what became of earlier ones; a full disk has lost nothing."""
+
     def fail(*_args: object) -> int:
         raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", fail)
-        with pytest.raises(IoError):
+        if is_full:
+            patch.setattr(os, "pwrite", fail)
+        with pytest.raises(IoError) as caught:
             await opened.io.write(0, memoryview(b"x"), fua=True)
-    await opened.io.sync()
+    assert caught.value.errno == errno.ENOSPC
+    if is_full:
+        await opened.io.sync()
+        return
+    for _ in range(2):
+        with pytest.raises(IoError) as caught:
+            await opened.io.sync()
+        assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("uses_cache", [False, True])
+async def test_what_goes_past_the_page_cache_is_not_lost_by_it(
+    opened: OpenFile, monkeypatch: pytest.MonkeyPatch, *, uses_cache: bool
+) -> None:
+    """A device that was away for a moment can be flushed again; not so what it was in the cache."""
+
+    def fail(*_args: object) -> int:
+        raise OSError(errno.EIO, "away")
+
+    io = FileIo(opened.fd, "direct", readable_now=False)
+    io.uses_cache = uses_cache
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        with pytest.raises(IoError):
+            await io.sync()
+    if uses_cache:
+        with pytest.raises(IoError):
+            await io.sync()
+    else:
+        await io.sync()
+    io.close()
 
 
 async def test_a_full_file_system_is_told(opened: OpenFile) -> None:

@@ -75,14 +75,15 @@ class DirectFile:
         # Cannot wait for itself: a listed write holds nothing and ends by itself.
         await self._writing.wait_clear(first, length)
         key = self._writing.add(first, length)  # no await since the look
-        flags = os.RWF_DSYNC if fua else 0
+        if (first, length) != (offset, len(data)):
+            self._buffered.uses_cache = True
 
-        def work() -> None:
+        def work(flags: int) -> None:
             _write(fd, buffered_fd, alignment, offset, data, flags)
 
         try:
             await self._buffered.change(
-                (lambda: self._buffered.durably(work)) if fua else work,
+                (lambda: self._buffered.durably(work)) if fua else (lambda: work(0)),
                 "write",
                 offset,
                 len(data),
