@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from nbdfleece import __version__
 from nbdfleece.base.errors import ConfigError, NbdfleeceError
@@ -334,7 +334,10 @@ class Daemon:
         _log.info("%s: stopping", signal.Signals(number).name)
         self._stopping.set()
         if self._start_limit is not None:
-            self._start_limit.reschedule(asyncio.get_running_loop().time())
+            loop = asyncio.get_running_loop()
+            self._start_limit.reschedule(loop.time())
+            limit_s = max(self._settings.drain_timeout_s, _CLOSE_S)
+            loop.call_later(limit_s, self._end_by_force_if_it_starts)
 
     async def _reload(self, plan: _Plan) -> None:
         """Read certificates and policy again; what is broken stays as it was. Clients stay too."""
@@ -380,25 +383,37 @@ class Daemon:
         def left() -> float:
             return max(deadline - loop.time(), 0.0)
 
+        # What waits for a system call cannot be cancelled, and would outstay the limits below.
+        last_resort = loop.call_at(deadline + 3 * _CLOSE_S, self._end_by_force, self._late())
         is_in_time = await server.shutdown(timeout_s=left())
         is_in_time &= await control.stop(timeout_s=max(left(), _CLOSE_S))
-        is_closed = False
-        try:
-            async with asyncio.timeout(max(left(), _CLOSE_S)):
-                await jobs.close()
-                is_closed = await fleece.close()
-        except TimeoutError:
-            is_in_time = False
-        if is_in_time and is_closed:
-            _log.info("stopped")
-            return EXIT_DONE
-        late = f"requests had not ended after {self._settings.drain_timeout_s:g} seconds"
-        _log.error("stopped by force: %s", "not all could be closed" if is_in_time else late)
+        is_closed = True
+        for close in (jobs.close, fleece.close):  # a job that is stuck keeps no disk open
+            try:
+                async with asyncio.timeout(max(left(), _CLOSE_S)):
+                    is_closed &= await close() is not False
+            except TimeoutError:
+                is_in_time = False
+        last_resort.cancel()
+        if not (is_in_time and is_closed):
+            self._end_by_force("not all could be closed" if is_in_time else self._late())
+        _log.info("stopped")
+        return EXIT_DONE
+
+    def _late(self) -> str:
+        return f"requests had not ended after {self._settings.drain_timeout_s:g} seconds"
+
+    def _end_by_force(self, why: str) -> NoReturn:
+        _log.error("stopped by force: %s", why)
         self._remove_files()
         if self.failure is not None:
             _log.error("could not start: %s", self.failure)
         # Threads that are stuck in the kernel must not keep the program from ending.
         os._exit(EXIT_FORCED)
+
+    def _end_by_force_if_it_starts(self) -> None:
+        if self._start_limit is not None:  # what it opens is stuck, and cannot be cancelled
+            self._end_by_force(self._late())
 
     def _write_pid_file(self) -> None:
         path = self._settings.pid_file

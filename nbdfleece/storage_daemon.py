@@ -20,11 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from nbdfleece.base import keyval
-from nbdfleece.base.errors import CommandError, ConfigError, NbdfleeceError
+from nbdfleece.base.errors import CommandError, ConfigError, IoError, NbdfleeceError
 from nbdfleece.base.limits import DRAIN_TIMEOUT_S
+from nbdfleece.block.drain import started
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.registry import add_from_options
 from nbdfleece.control.command import Context
@@ -50,6 +51,7 @@ from nbdfleece.server.tokens import Tokens, clock
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nbdfleece.block.node import Node
     from nbdfleece.protocol.qmp.values import Json
 
 _log = logging.getLogger(__name__)
@@ -154,7 +156,13 @@ class StorageDaemon:
     def _asked_to_stop(self) -> None:
         self._stopping.set()
         if self._start_limit is not None:
-            self._start_limit.reschedule(asyncio.get_running_loop().time())
+            loop = asyncio.get_running_loop()
+            self._start_limit.reschedule(loop.time())
+            loop.call_later(DRAIN_TIMEOUT_S, self._end_by_force_if_it_starts)
+
+    def _end_by_force_if_it_starts(self) -> None:
+        if self._start_limit is not None:  # what it opens is stuck, and cannot be cancelled
+            self._end_by_force()
 
     def _context(self, server: Server, jobs: JobManager) -> Context:
         events = Events()
@@ -293,6 +301,8 @@ class StorageDaemon:
         """End everything in order; return the exit code."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + DRAIN_TIMEOUT_S
+        # What waits for a system call cannot be cancelled, and would outstay the limits below.
+        last_resort = loop.call_at(deadline + 3 * _CLOSE_S, self._end_by_force)
 
         def left() -> float:
             return max(deadline - loop.time(), _CLOSE_S)
@@ -300,37 +310,70 @@ class StorageDaemon:
         is_clean = await server.shutdown(timeout_s=left())
         for control in self._chardevs.values():
             is_clean &= await control.stop(timeout_s=left())
-        try:
-            async with asyncio.timeout(left()):
-                await jobs.close()
-                await self._close_nodes()
-        except TimeoutError:
-            is_clean = False
-        except NbdfleeceError as error:
-            _log.error("%s", error)
-            is_clean = False
-        if self._pid_file is not None:
-            self._pid_file.unlink(missing_ok=True)
-        if is_clean:
-            return EXIT_DONE
+        for close in (jobs.close, self._close_nodes):  # a job that is stuck keeps no node open
+            try:
+                async with asyncio.timeout(left()):
+                    is_clean &= await close() is not False
+            except TimeoutError:
+                is_clean = False
+        last_resort.cancel()
+        if not is_clean:
+            self._end_by_force()
+        self._remove_pid_file()
+        return EXIT_DONE
+
+    def _end_by_force(self) -> NoReturn:
+        self._remove_pid_file()
         _log.error("stopped by force: requests had not ended after %g seconds", DRAIN_TIMEOUT_S)
         # Threads that are stuck in the kernel must not keep the program from ending.
         os._exit(EXIT_FORCED)
 
-    async def _close_nodes(self) -> None:
+    def _remove_pid_file(self) -> None:
+        if self._pid_file is not None:
+            self._pid_file.unlink(missing_ok=True)
+
+    async def _close_nodes(self) -> bool:
         """Remove the exports, flush the nodes, and remove those, parents first.
 
-        Raises:
-            NbdfleeceError: A flush failed, or a node is still in use.
+        All at a time: one that does not answer keeps no other from being closed.
+
+        Returns:
+            Whether all went well; what did not is logged.
+
+        Cancel: the rest stays open.
         """
         for export in list(self._exports):
             self._exports.cut_off(export.options.id)
             await export.wait_unused()
-        while nodes := [node for node in self._graph if not node.parents]:
-            for node in nodes:
-                if not node.read_only:
-                    await node.flush()
-                await self._graph.remove(node)
+        begun: set[Node] = set()
+        async with asyncio.TaskGroup() as tasks:
+            closing = [
+                tasks.create_task(self._can_close(node, begun))
+                for node in self._graph
+                if not node.parents
+            ]
+        return all(task.result() for task in closing)
+
+    async def _can_close(self, node: Node, begun: set[Node]) -> bool:
+        """Close a node, and then those of its children that nobody else uses; or say why not."""
+        begun.add(node)
+        is_clean = True
+        below = [edge.node for edge in node.children]
+        try:
+            if not node.read_only:
+                await started(node.flush())
+        except IoError as error:
+            _log.error("node '%s': last flush failed: %s", node.name, error)
+            is_clean = False
+        try:
+            await self._graph.remove(node)
+        except CommandError as error:
+            _log.error("node '%s': %s", node.name, error)
+            return False
+        for child in below:
+            if self._graph.get(child.name) is child and not child.parents and child not in begun:
+                is_clean &= await self._can_close(child, begun)
+        return is_clean
 
 
 async def _run(context: Context, name: str, value: str) -> None:

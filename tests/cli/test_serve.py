@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from nbdfleece.base.errors import OptionRefused
 from nbdfleece.daemon import _keep_alive, _watchdog_interval_s
 from nbdfleece.protocol.nbd import constants as c
 from nbdfleece.server import tls
-from tests.support.daemon_process import Daemon, environment, make_disk, nbdfleece
+from tests.support import stuck
+from tests.support.daemon_process import START_S, Daemon, environment, make_disk, nbdfleece
+from tests.support.image_with_bitmap import image_with_a_bitmap
 from tests.support.live import client, eventually
 from tests.support.pki import Pki
 
@@ -125,19 +128,51 @@ def test_a_signal_ends_it_cleanly_before_it_is_ready(short_tmp: Path, number: in
     assert names() == [("b0", ["auto"])]
 
 
-def image_with_a_bitmap(folder: Path) -> tuple[Path, Callable[[], list[tuple[str, list[str]]]]]:
-    """Return an image, and what tells the names and flags of its bitmaps."""
-    image = folder / "image.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
-    subprocess.run(["qemu-img", "bitmap", "--add", image, "b0"], check=True)
+@pytest.mark.interop("qemu-img")
+def test_a_disk_that_is_stuck_at_the_end_keeps_no_other_from_being_closed(short_tmp: Path) -> None:
+    image, names = image_with_a_bitmap(short_tmp)
+    disks = [make_disk(short_tmp / stuck.NAME, 4096), f"vdb={image},format=qcow2"]
+    python = stuck.python_that_is_stuck(short_tmp, "fdatasync")
+    with Daemon(short_tmp, "--drain-timeout", "0.5", *disks, python=python) as daemon:
+        daemon.ready(2)
+        assert daemon.stop() == 1
+        assert "stopped by force" in daemon.errors()
+    assert names() == [("b0", ["auto"])]
 
-    def names() -> list[tuple[str, list[str]]]:
-        command = ["qemu-img", "info", "--output=json", image]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        bitmaps = found["format-specific"]["data"]["bitmaps"]
-        return [(each["name"], each["flags"]) for each in bitmaps]
 
-    return image, names
+@pytest.mark.interop("qemu-img")
+def test_a_backup_that_is_stuck_keeps_no_disk_from_being_closed(short_tmp: Path) -> None:
+    image, names = image_with_a_bitmap(short_tmp)
+    (far := short_tmp / "far").mkdir()
+    with Daemon(far, make_disk(far / "vda.raw", 1 << 20)) as server:
+        server.ready()
+        disks = [f"vda={server.uri('vda')}", f"vdb={image},format=qcow2"]
+        with Daemon(short_tmp, "--drain-timeout", "0.5", *disks) as daemon:
+            daemon.ready(2)
+            server.process.send_signal(signal.SIGSTOP)
+            backup = {"dir": str(short_tmp / "backups"), "disks": ["vda"]}
+            assert daemon.run("qmp", "fleece-backup", json.dumps(backup)).code == 0
+            assert daemon.stop() == 1
+            assert "Traceback" not in daemon.errors()
+    assert names() == [("b0", ["auto"])]
+
+
+def test_a_signal_ends_it_while_a_disk_does_not_open(short_tmp: Path) -> None:
+    disk = make_disk(short_tmp / stuck.NAME, 4096)
+    python = stuck.python_that_is_stuck(short_tmp, "open")
+    with Daemon(short_tmp, "--drain-timeout", "0.5", disk, python=python) as daemon:
+        until_it_listens(daemon)
+        assert daemon.stop() == 1
+        assert "stopped by force" in daemon.errors()
+        assert not daemon.control.exists()
+
+
+def until_it_listens(daemon: Daemon) -> None:
+    """Wait for the control socket, which comes before the disks."""
+    deadline = time.monotonic() + START_S
+    while not daemon.control.exists():
+        assert time.monotonic() < deadline, daemon.errors()
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("snapshots", [0, 2])

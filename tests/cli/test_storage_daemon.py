@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from nbdfleece import __version__
+from tests.support import stuck
 from tests.support.daemon_process import START_S, environment, make_disk, nbdfleece
+from tests.support.image_with_bitmap import image_with_a_bitmap
 from tests.support.storage_daemon import StorageDaemon
 
 NAME = "storage-daemon"
@@ -230,3 +232,17 @@ def test_a_signal_ends_it_while_it_waits_for_a_client(short_tmp: Path, number: i
             assert not (short_tmp / "wait.sock").exists()
         finally:
             process.kill()
+
+
+@pytest.mark.interop("qemu-img")
+def test_a_node_that_is_stuck_at_the_end_keeps_no_other_from_being_closed(short_tmp: Path) -> None:
+    image, names = image_with_a_bitmap(short_tmp)
+    make_disk(short_tmp / stuck.NAME, 4096)
+    options = ["--blockdev", f"driver=file,node-name=a,filename={stuck.NAME}"]
+    options += ["--blockdev", f"driver=qcow2,node-name=b,file.driver=file,file.filename={image}"]
+    program = (stuck.python_that_is_stuck(short_tmp, "fdatasync"), "-m", "nbdfleece", NAME)
+    with StorageDaemon(short_tmp, *options, program=program) as daemon:
+        daemon.process.terminate()
+        assert daemon.process.wait(START_S) == 1
+        assert "stopped by force" in daemon.errors()
+    assert names() == [("b0", ["auto"])]
