@@ -100,6 +100,36 @@ async def test_data_that_was_cut_off_is_an_error_and_never_zeroes(
         await graph.remove(node)
 
 
+async def test_nothing_is_shown_of_what_lies_behind_the_window_of_the_image(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """An image inside another file, which a stranger may have made: an OVA, say."""
+    path = make_qcow2(tmp_path / "x.qcow2", NewImage(size=SIZE))
+    node = await qcow2_node(graph, path)
+    await node.write(0, memoryview(b"a" * MiB), fua=False)
+    await graph.remove(node)
+    size, header = path.stat().st_size, header_of(path)
+    table = int.from_bytes(path.read_bytes()[header.l1_table_offset :][:8], "big") & ~(1 << 63)
+    patch(path, table + 8, (size | 1 << 63).to_bytes(8, "big"))
+    patch(path, size, b"secret" * header.cluster_size)
+    node = await add_from_options(
+        graph,
+        {
+            "driver": "qcow2",
+            "node-name": "disk",
+            "read-only": True,
+            "file": {
+                **{"driver": "raw", "offset": 0, "size": size},
+                "file": {"driver": "file", "filename": str(path)},
+            },
+        },
+    )
+    assert await read(node, 0, 512) == b"a" * 512  # the table is in memory now
+    there = memoryview(bytearray(512))
+    assert not node.read_now(header.cluster_size, there)
+    assert await fails(node.read(header.cluster_size, there)) == errno.EIO
+
+
 async def test_a_cluster_of_a_data_file_that_says_nothing_of_its_owner_is_zeroed(
     graph: Graph, tmp_path: Path
 ) -> None:
