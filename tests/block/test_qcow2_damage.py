@@ -119,7 +119,9 @@ async def test_nothing_is_shown_of_what_lies_behind_the_window_of_the_image(
             "node-name": "disk",
             "read-only": True,
             "file": {
-                **{"driver": "raw", "offset": 0, "size": size},
+                "driver": "raw",
+                "offset": 0,
+                "size": size,
                 "file": {"driver": "file", "filename": str(path)},
             },
         },
