@@ -24,7 +24,7 @@ from nbdfleece.base.errors import CommandError, InUse, IoError, NotFound
 from nbdfleece.base.limits import MAX_NODE_NAME
 from nbdfleece.block import permissions
 from nbdfleece.block.child import Child, Parent, Role
-from nbdfleece.block.drain import quiet
+from nbdfleece.block.drain import flush_in_time, quiet
 from nbdfleece.block.node import Node
 from nbdfleece.block.throttle_group import ThrottleGroups
 
@@ -168,15 +168,35 @@ class Graph:
             await self.remove(node)
 
     async def remove_made_by_monitor(self) -> None:
-        """Remove whatever blockdev-add made and nobody else uses, parents first, data flushed."""
-        while left := [node for node in self if node.owned_by_monitor and not node.parents]:
+        """Remove whatever blockdev-add made and nobody else uses, parents first, data flushed.
+
+        What cannot be removed is logged: it keeps nothing else in its place.
+        """
+        given_up: set[Node] = set()
+        while left := [
+            node
+            for node in self
+            if node.owned_by_monitor and not node.parents and node not in given_up
+        ]:
             for node in left:
                 try:
-                    if not node.read_only:
-                        await node.flush()
-                except IoError as error:
-                    _log.error("node %s: last flush failed: %s", node.name, error)
-                await self.remove(node)
+                    await self._remove_flushed(node)
+                except CommandError as error:
+                    _log.error("node %s: %s", node.name, error)
+                    given_up.add(node)
+
+    async def _remove_flushed(self, node: Node) -> None:
+        """Remove a node when what was written is flushed, or cannot be.
+
+        Raises:
+            CommandError: It does not answer, or cannot be removed.
+        """
+        if not node.read_only:
+            try:
+                await flush_in_time(node)
+            except IoError as error:
+                _log.error("node %s: last flush failed: %s", node.name, error)
+        await self.remove(node)
 
     async def resize(self, node: Node, size: int) -> None:
         """Make a node longer or shorter; all nodes above that have its size follow.

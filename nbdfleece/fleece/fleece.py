@@ -589,12 +589,12 @@ class Fleece:
                     await self._delete(disk, snapshot, RemoveMode.HARD)
             except CommandError as error:
                 _log.debug("disk %s: %s", disk.name, error)  # it is tried again
-        try:
-            for export in self._exports:
+        for export in list(self._exports):
+            try:
                 await remove_export(self._exports, export, RemoveMode.HARD)
-            await self._graph.remove_made_by_monitor()
-        except CommandError as error:
-            _log.error("%s", error)
+            except CommandError as error:
+                _log.error("%s", error)
+        await self._graph.remove_made_by_monitor()
 
 
 async def _check_remote_is_raw(location: Location, node: Node) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from nbdfleece.base.errors import CommandError, IoError
+from nbdfleece.block import drain
 from nbdfleece.block.bitmap import DirtyBitmap, new_bitmap
 from nbdfleece.block.drivers._posix import OpenImage
 from nbdfleece.block.drivers.copy_before_write import CopyBeforeWrite
 from nbdfleece.block.drivers.file import FileDriver
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
+from nbdfleece.block.registry import add_from_options
 from nbdfleece.fleece.disk import Disk
 from nbdfleece.fleece.disk import _OwnFile as OwnFile
 from nbdfleece.fleece.fleece import Fleece
@@ -32,6 +34,7 @@ from nbdfleece.server.exports import Exports
 from nbdfleece.server.tokens import Tokens
 from tests.jobs.test_backup import Guest
 from tests.support.fleecing import add_filter, add_plain, read_all
+from tests.support.live import soon
 from tests.support.memory import MemoryDriver
 from tests.support.waiting import turns, until
 
@@ -409,6 +412,28 @@ async def test_at_the_end_a_flush_that_hangs_keeps_no_other_disk_from_being_clos
             await asyncio.wait_for(bench.fleece.close(), 0.5)
     assert [disk.name for disk in bench.fleece.disks()] == ["vda"]
     hanging.release()
+
+
+async def test_at_the_end_a_node_of_a_user_that_hangs_keeps_no_disk_from_being_closed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.add("vda")
+    (bench.folder / "hung.raw").write_bytes(bytes(SIZE))
+    options = {"driver": "file", "node-name": "hung", "filename": str(bench.folder / "hung.raw")}
+    await add_from_options(bench.graph, options)
+    hanging, real = Hanging(), os.fdatasync
+
+    def sync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("hung.raw"):
+            hanging()
+        real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", sync)
+        patch.setattr(drain, "QUIET_TIMEOUT_S", 0.1)
+        assert await soon(bench.fleece.close())
+        assert not bench.fleece.disks()
+        hanging.release()
 
 
 async def test_a_disk_that_does_not_open_keeps_no_other_disk_from_changing(
