@@ -241,10 +241,10 @@ class Driver(ABC):
         raise IoError(errno.ENOTSUP, self._where("write", offset, len(data)))
 
     async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
-        """As `write` without FUA; may call `reply` as soon as the data is written.
+        """As `write` without FUA; may have `reply` sent as soon as the data is written.
 
         In any thread, and only if nothing is left to be done then but what no client can see. After
-        an error, and by drivers that do more, it has not been called.
+        an error, and by drivers that do more, it has not been sent.
         """
         await self.write(offset, data, fua=False)
 

@@ -257,7 +257,7 @@ class Node:
             self.leave()
 
     async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
-        """As `write` without FUA; may have called `reply`, see Driver.write_replying.
+        """As `write` without FUA; may have sent `reply`, see Driver.write_replying.
 
         Not where something is counted behind the write. Bitmaps are marked before it as well: who
         has got the reply may look at them at once.

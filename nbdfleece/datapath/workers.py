@@ -6,7 +6,7 @@ by the time the loop wakes up are handed out together.
 
 Invariants
   W1  An Op finishes exactly once, in the event loop's thread.
-  W2  Threads touch nothing of ours but the arguments of the call they run.
+  W2  Threads touch nothing of ours but the arguments of the call they run, and its reply.
   W3  A thread that is stuck in the kernel never keeps the program from ending (daemon threads).
 
 # FAST: `Op` in place of asyncio.Future saves a loop turn per call, by estimate 5 microseconds (not

@@ -331,7 +331,7 @@ class CopyBeforeWrite(Driver):
     ) -> bool:
         """Save and write in one hop to a thread, where both nodes are plain files.
 
-        `reply`, if given, may have been called when it is True.
+        `reply`, if given, may have been sent when it is True.
 
         Returns:
             False when this way is not open here; nothing has been done then but what `_save` will
