@@ -161,16 +161,15 @@ def test_a_signal_ends_it_while_a_disk_does_not_open(short_tmp: Path) -> None:
     disk = make_disk(short_tmp / stuck.NAME, 4096)
     python = stuck.python_that_is_stuck(short_tmp, "open")
     with Daemon(short_tmp, "--drain-timeout", "0.5", disk, python=python) as daemon:
-        until_it_listens(daemon)
+        until_it_is_stuck(daemon)
         assert daemon.stop() == 1
         assert "stopped by force" in daemon.errors()
         assert not daemon.control.exists()
 
 
-def until_it_listens(daemon: Daemon) -> None:
-    """Wait for the control socket, which comes before the disks."""
+def until_it_is_stuck(daemon: Daemon) -> None:
     deadline = time.monotonic() + START_S
-    while not daemon.control.exists():
+    while "it is stuck" not in daemon.errors():
         assert time.monotonic() < deadline, daemon.errors()
         time.sleep(0.005)
 
