@@ -351,8 +351,8 @@ class Daemon:
                 await _read_again("policy", plan.policy.reload)
             if plan.credentials is None and plan.policy is None:
                 _log.info("SIGHUP: there is nothing to read again")
-            if self._is_ready and not self._stopping.is_set():
-                _notify("READY=1")
+            if self._is_ready:
+                self._tell_ready("READY=1")
 
     def _ready(self, server: Server) -> None:
         try:
@@ -364,11 +364,16 @@ class Daemon:
         except OSError:  # nobody reads: no reason not to serve, nor to fail at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self._is_ready = True
-        _notify(f"READY=1\nSTATUS=serving {len(list(self._exports))} disks")
+        self._tell_ready(f"READY=1\nSTATUS=serving {len(list(self._exports))} disks")
         interval_s = _watchdog_interval_s(os.environ, os.getpid())
         if interval_s is not None:
             _keep_alive(asyncio.get_running_loop(), interval_s)
         _log.info("nbdfleece %s is ready", __version__)
+
+    def _tell_ready(self, state: str) -> None:
+        """Tell the service manager as soon as it takes it: else the start has failed to it."""
+        if not self._stopping.is_set() and not _notify(state, wait_s=0):
+            asyncio.get_running_loop().call_later(_NOTIFY_S, self._tell_ready, state)
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -581,16 +586,24 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _notify(state: str, wait_s: float = _NOTIFY_S) -> None:
-    """Tell the service manager, where there is one (sd_notify(3)); guests wait no longer for it."""
+def _notify(state: str, wait_s: float = _NOTIFY_S) -> bool:
+    """Tell the service manager, where there is one (sd_notify(3)); guests wait no longer for it.
+
+    Returns:
+        False when it has not taken it, and may later.
+    """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
-        return
+        return True
     address = "\0" + path[1:] if path.startswith("@") else path
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.connect(address)
         sock.settimeout(wait_s)
-        sock.send(state.encode())
+        try:
+            sock.send(state.encode())
+        except (BlockingIOError, TimeoutError):
+            return False
+    return True
 
 
 def _watchdog_interval_s(environ: Mapping[str, str], pid: int) -> float | None:

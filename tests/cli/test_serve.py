@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -613,6 +614,33 @@ def test_a_service_manager_that_does_not_listen_holds_nobody_up(
         monkeypatch.setenv("NOTIFY_SOCKET", str(short_tmp / "notify"))
         for _ in range(2000):  # more than a socket holds
             _keep_alive(Loop(), 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.deadline(20)
+def test_a_service_manager_that_is_late_still_hears_that_it_is_ready(
+    short_tmp: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take a start that it hears nothing of for one that hangs."""
+    from tests.support import daemon_process
+
+    plain, path = daemon_process.environment, str(short_tmp / "notify")
+    monkeypatch.setattr(
+        daemon_process, "environment", lambda **extra: plain(NOTIFY_SOCKET=path, **extra)
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as late:
+        late.bind(path)
+        late.settimeout(10)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as others:
+            others.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # as many as it holds
+                while True:
+                    others.sendto(b"of others", path)
+        with Daemon(short_tmp, f"vda={disk}") as daemon:
+            daemon.ready()
+            time.sleep(1.5)  # longer than guests wait for it
+            while not late.recv(1000).startswith(b"READY=1"):
+                pass
+            assert daemon.stop() == 0
 
 
 def receive_for_ever(sock: socket.socket) -> None:
