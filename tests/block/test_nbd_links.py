@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -789,6 +790,37 @@ async def test_what_is_kept_for_repetition_is_bounded(
         backend.errors = {}
         assert await fails(background(node.flush())) == EIO
         await node.flush()
+
+
+async def test_server_that_is_lost_again_in_the_repetition_is_waited_for(
+    graph: Graph, short_tmp: Path, pki: Pki
+) -> None:
+    """Over TLS a reply and the end of the connection may come in one."""
+    backend = Backend(export(flags=PLAIN))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pki.server / "server-cert.pem", pki.server / "server-key.pem")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(wire.greeting(c.NBD_FLAG_FIXED_NEWSTYLE | c.NBD_FLAG_NO_ZEROES))
+        await reader.readexactly(4 + wire.OPTION_HEADER.size)
+        writer.write(wire.option_reply(c.NBD_OPT_STARTTLS, c.NBD_REP_ACK))
+        await writer.drain()
+        await writer.start_tls(context)
+        backend.connections += 1
+        selected = await backend.haggle(reader, writer)
+        while True:
+            await backend.answer(reader, writer, selected)
+            if backend.connections == 2:
+                writer.close()
+            await writer.drain()
+
+    async with scripted(short_tmp / "s", serve):
+        tls = ClientTls(str(pki.client("guest")), "localhost")
+        node = await add(graph, upstream(short_tmp / "s", tls=tls, reconnect_s=OPEN_S))
+        await node.write(0, memoryview(b"abcd"), fua=False)
+        driver_of(node)._links._up[0]._lose("the test says so")
+        await node.flush()
+        assert backend.connections == 3
 
 
 async def test_no_connection_joins_those_of_a_server_that_is_gone(

@@ -107,13 +107,15 @@ class Connection:
             view: Where the bytes of a READ go; undefined until the future is done.
 
         Returns:
-            A future of the reply, or of Lost.
+            A future of the reply, or of Lost; of the latter at once when the connection is gone.
         """
-        assert not self.lost.done(), "the connection is gone"
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        if self.lost.done():
+            future.set_exception(self.lost.result())
+            return future
         self._cookie += 1
         cookie = self._cookie
         self._parser.expect(cookie, command, offset=offset, length=length, view=view)
-        future: asyncio.Future[Reply] = self._loop.create_future()
         self._waiting[cookie] = future
         self.pending += 1
         make = wire.extended_request if self.connected.extended else wire.request
