@@ -792,6 +792,35 @@ async def test_what_is_kept_for_repetition_is_bounded(
         await node.flush()
 
 
+async def test_failed_flush_of_our_own_is_told_by_the_next_flush_whatever_comes_between(
+    graph: Graph, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was about the writes of others, too: a write that fails does not tell them."""
+    monkeypatch.setattr(unflushed, "NBD_UNFLUSHED_BYTES", 1000)
+    backend = Backend(export(flags=PLAIN))
+    async with backend.serving(short_tmp / "s"):
+        node = await add(graph, upstream(short_tmp / "s", reconnect_s=OPEN_S))
+        await node.write(0, memoryview(bytes(900)), fua=False)
+        backend.errors = {c.NBD_CMD_FLUSH: (c.NBD_EIO, b"")}
+        assert await fails(background(node.write(0, memoryview(bytes(900)), fua=False))) == EIO
+        backend.errors = {}
+        await node.write(0, memoryview(bytes(900)), fua=False)
+        await node.write(0, memoryview(bytes(10)), fua=True)
+        assert await fails(background(node.flush())) == EIO
+        await node.flush()
+
+
+async def test_reads_go_on_while_the_server_cannot_flush(
+    graph: Graph, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unflushed, "NBD_UNFLUSHED_BYTES", 1000)
+    backend = Backend(export(flags=PLAIN), errors={c.NBD_CMD_FLUSH: (c.NBD_EIO, b"")})
+    async with backend.serving(short_tmp / "s"):
+        node = await add(graph, upstream(short_tmp / "s", reconnect_s=OPEN_S))
+        assert await fails(background(node.write(0, memoryview(bytes(1001)), fua=False))) == EIO
+        assert await read(node, 0, 4) == bytes(4)
+
+
 async def test_server_that_is_lost_again_in_the_repetition_is_waited_for(
     graph: Graph, short_tmp: Path, pki: Pki
 ) -> None:

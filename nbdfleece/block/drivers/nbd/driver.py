@@ -149,7 +149,7 @@ class NbdDriver(Driver):
             part = data[start : start + length]
             await self._do("write", NBD_CMD_WRITE, offset + start, length, flags=flags, data=part)
         if fua and not flags:
-            await self.flush()
+            await self._flush()
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
@@ -164,7 +164,7 @@ class NbdDriver(Driver):
         for start, part in _pieces(offset, length, NBD_ZERO_PIECE):
             await self._do("write zeroes", NBD_CMD_WRITE_ZEROES, start, part, flags=flags)
         if fua and not fua_flag:
-            await self.flush()
+            await self._flush()
 
     async def discard(self, offset: int, length: int) -> None:
         """Have the server trim, if it can; see Driver.discard."""
@@ -174,10 +174,14 @@ class NbdDriver(Driver):
 
     async def flush(self) -> None:
         """Have the server flush; one connection does it for all (K1 of `links`)."""
-        if self._flags & NBD_FLAG_SEND_FLUSH:
-            await self._do("flush", NBD_CMD_FLUSH, 0, 0)
+        self._links.check_flushes(self._where("flush", 0, 0))
+        await self._flush()
 
     # --- private ---------------------------------------------------------------------------
+
+    async def _flush(self) -> None:
+        if self._flags & NBD_FLAG_SEND_FLUSH:
+            await self._do("flush", NBD_CMD_FLUSH, 0, 0)
 
     def _fua(self, *, fua: bool) -> int:
         """Return the flag for `fua`, or 0: not wanted, or a flush has to do."""

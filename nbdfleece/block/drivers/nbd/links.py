@@ -195,14 +195,12 @@ class Links:
             The reply, whatever it says, and the connection that it came from.
 
         Raises:
-            IoError: EIO: there is no server to ask any more, or a flush of our own has failed.
+            IoError: EIO: there is no server to ask any more, or the flush that makes room for what
+                this has changed has failed.
 
         Cancel: not cancelled.
         """
         unflushed = self._unflushed
-        if command == NBD_CMD_FLUSH and self._flush_has_failed:
-            self._flush_has_failed = False
-            raise IoError(errno.EIO, f"{where}: {self.target}: an earlier flush has failed")
         while True:
             self._check_alive(where)
             connection = self._free_connection()
@@ -224,18 +222,25 @@ class Links:
             if unflushed is not None and not reply.error:
                 if command == NBD_CMD_FLUSH:
                     unflushed.forget(newest)
-                else:
-                    unflushed.note(command, offset, length, flags, data)
-                    if unflushed.is_full:
-                        await self._make_room(where)
+                elif unflushed.note(command, offset, length, flags, data):
+                    await self._make_room(where)
             return reply, connection.connected
+
+    def check_flushes(self, where: str) -> None:
+        """Tell, once, of a flush of our own that has failed: it was about everybody's writes.
+
+        Raises:
+            IoError: EIO: one has.
+        """
+        if self._flush_has_failed:
+            self._flush_has_failed = False
+            raise IoError(errno.EIO, f"{where}: {self.target}: an earlier flush has failed")
 
     async def _make_room(self, where: str) -> None:
         """Have the server flush, so that nothing need be kept.
 
         Raises:
-            IoError: It could not; the caller's next FLUSH fails too, since it is told of others'
-                writes here.
+            IoError: It could not. `check_flushes` will tell, as writes of others are at stake.
         """
         reply, _ = await self.request(where, NBD_CMD_FLUSH, 0, 0)
         if reply.error:

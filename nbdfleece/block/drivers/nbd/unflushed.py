@@ -60,24 +60,25 @@ class Unflushed:
         return len(self._changes)
 
     @property
-    def is_full(self) -> bool:
-        """Whether a flush has to make room (U3)."""
-        return self._bytes > NBD_UNFLUSHED_BYTES or len(self) > NBD_UNFLUSHED_REQUESTS
-
-    @property
     def newest(self) -> int:
         """What a FLUSH that is sent now will let us forget."""
         return self._forgotten + len(self._changes)
 
     def note(
         self, command: int, offset: int, length: int, flags: int, data: memoryview | None
-    ) -> None:
-        """Keep a request that was replied to, if it has changed anything."""
-        if command in _CHANGES:
-            flags &= ~NBD_CMD_FLAG_FAST_ZERO  # it has been done; how fast does not matter any more
-            kept = None if data is None else bytes(data)
-            self._changes.append(Change(command, offset, length, flags, kept))
-            self._bytes += 0 if kept is None else len(kept)
+    ) -> bool:
+        """Keep a request that was replied to, if it has changed anything.
+
+        Returns:
+            Whether a flush has to make room for it (U3).
+        """
+        if command not in _CHANGES:
+            return False
+        flags &= ~NBD_CMD_FLAG_FAST_ZERO  # it has been done; how fast does not matter any more
+        kept = None if data is None else bytes(data)
+        self._changes.append(Change(command, offset, length, flags, kept))
+        self._bytes += 0 if kept is None else len(kept)
+        return self._bytes > NBD_UNFLUSHED_BYTES or len(self) > NBD_UNFLUSHED_REQUESTS
 
     def forget(self, newest: int) -> None:
         """Forget what was here when `newest` was asked for: a FLUSH sent then has succeeded."""
