@@ -14,7 +14,7 @@ import pytest
 
 from nbdfleece.base import limits
 from nbdfleece.base.errors import CommandError, IoError
-from nbdfleece.base.units import MiB
+from nbdfleece.base.units import GiB, MiB
 from nbdfleece.block.drivers.nbd import links, unflushed
 from nbdfleece.block.drivers.nbd.driver import NbdDriver
 from nbdfleece.block.drivers.nbd.target import ClientTls
@@ -225,6 +225,21 @@ async def test_server_that_comes_back_without_block_status_is_refused(
     await until(lambda: connections(node) == 0)
     async with Backend(export(), contexts=()).serving(short_tmp / "s"):
         assert await fails(background(node.block_status(0, 10))) == EIO
+
+
+async def test_server_that_comes_back_without_extended_headers_is_refused(
+    graph: Graph, short_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its requests may be too long for plain ones."""
+    backend = Backend(export(size=16 * GiB, flags=PLAIN), extended=True, status=[(16 * GiB, 3)])
+    async with backend.serving(short_tmp / "s"):
+        node = await add(graph, upstream(short_tmp / "s", reconnect_s=OPEN_S))
+        backend.extended = False
+        driver_of(node)._links._up[0]._lose("the test says so")
+        running = background(node.block_status(0, node.size))
+        await until(lambda: "not the same export" in caplog.text)
+        backend.extended = True
+        assert [extent.length for extent in await running] == [node.size]
 
 
 async def test_server_that_comes_back_without_the_export_is_refused(

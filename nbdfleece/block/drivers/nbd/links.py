@@ -386,6 +386,8 @@ class Links:
             lacks = "it is read-only, or not, and was the other"
         elif was.flags & ~now.flags & _ABILITIES or now.maximum_block < was.maximum_block:
             lacks = "it offers less than it did"
+        elif self.first.extended and not dialled.connected.extended:
+            lacks = "its headers are not extended any more"
         elif self._up and not now.flags & NBD_FLAG_CAN_MULTI_CONN:
             lacks = "it allows one connection only"
         elif self.first.contexts.keys() - dialled.connected.contexts.keys():
