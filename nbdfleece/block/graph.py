@@ -51,7 +51,8 @@ class Graph:
         self.throttle_groups = ThrottleGroups()
         self.reopening = asyncio.Lock()  # never held by requests
         self.dropping = asyncio.Lock()  # likewise
-        self._nodes: dict[str, Node] = {}
+        self._nodes: dict[str, Node] = {}  # that are open
+        self._opening: set[str] = set()  # names of nodes that are about to be
         self._unnamed = 0
 
     def __iter__(self) -> Iterator[Node]:
@@ -87,7 +88,7 @@ class Graph:
             raise CommandError(f"Invalid node-name: '{name}'")
         if len(name) > MAX_NODE_NAME:
             raise CommandError("Node name too long")
-        if name in self._nodes:
+        if name in self._nodes or name in self._opening:
             raise CommandError(f"Duplicate nodes with node-name='{name}'")
 
     async def add(
@@ -99,7 +100,7 @@ class Graph:
         read_only: bool,
         discard_enabled: bool,
     ) -> Node:
-        """Make a node over existing children and open it.
+        """Make a node over existing children and open it; until then nobody finds it.
 
         Args:
             name: Node name, or None for a private one.
@@ -120,9 +121,10 @@ class Graph:
         else:
             self.check_new_name(name)
         for child, _ in (children or {}).values():
-            self.find(child.name)  # it may have been removed while the caller waited
+            if self.get(child.name) is not child:  # it was removed while the caller waited
+                raise NotFound(f"Cannot find device='' nor node-name='{child.name}'")
         node = Node(name, driver, read_only=read_only, discard_enabled=discard_enabled)
-        self._nodes[name] = node
+        self._opening.add(name)
         change = GraphChange()
         try:
             for child_name, (child, role) in (children or {}).items():
@@ -136,9 +138,11 @@ class Graph:
                 raise
         except BaseException:
             change.undo()
-            del self._nodes[name]
             permissions.refresh([child for child, _ in (children or {}).values()])
             raise
+        finally:
+            self._opening.remove(name)
+        self._nodes[name] = node
         return node
 
     async def remove(self, node: Node) -> None:

@@ -299,6 +299,53 @@ async def test_a_driver_that_cannot_open_leaves_no_trace() -> None:
     assert low.parents == []
 
 
+class Slow(MemoryDriver):
+    """A driver that opens, or fails to, when it is told so."""
+
+    def __init__(self, data: bytearray, *, fails: bool) -> None:
+        super().__init__(data)
+        self.may_open = asyncio.Event()
+        self.fails = fails
+
+    async def open(self) -> int:
+        await self.may_open.wait()
+        if self.fails:
+            raise CommandError("no")
+        return await super().open()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_nobody_finds_a_node_before_it_is_open(fails: bool) -> None:
+    """Else it would be exported without its size, or stay in use when it cannot be opened."""
+    graph, driver = Graph(), Slow(bytearray(SIZE), fails=fails)
+    opening = asyncio.ensure_future(
+        graph.add("slow", driver, read_only=False, discard_enabled=True)
+    )
+    await asyncio.sleep(0)
+
+    assert graph.get("slow") is None
+    assert list(graph) == []
+    with pytest.raises(CommandError, match="Duplicate"):
+        graph.check_new_name("slow")
+
+    driver.may_open.set()
+    await asyncio.wait([opening])
+    assert [node.name for node in graph] == ([] if opening.exception() else ["slow"])
+    assert fails == (opening.exception() is not None)
+    if fails:
+        graph.check_new_name("slow")
+
+
+async def test_a_child_that_was_replaced_meanwhile_is_not_taken() -> None:
+    graph = Graph()
+    old = await graph.add("x", MemoryDriver(bytearray(SIZE)), read_only=False, discard_enabled=True)
+    await graph.remove(old)
+    await graph.add("x", MemoryDriver(bytearray(SIZE)), read_only=False, discard_enabled=True)
+    with pytest.raises(NotFound):
+        await over(graph, PassThrough(), file=(old, FILTERED))
+    assert old.parents == []
+
+
 async def test_a_drain_reaches_the_roots_and_waits_for_them() -> None:
     graph = Graph()
     low = await plain(graph)
