@@ -298,9 +298,13 @@ class ThrottleGroups:
         del self._groups[name]
 
     def drop_unused(self, group: ThrottleGroup) -> None:
-        """Forget a group that nobody made an object of and nobody is a member of."""
-        if not group.is_object and not group.members:
-            self._groups.pop(group.name, None)
+        """Forget a group that nobody made an object of and nobody is a member of.
+
+        It may be forgotten already, and another have its name.
+        """
+        is_unused = not group.is_object and not group.members
+        if is_unused and self._groups.get(group.name) is group:
+            del self._groups[group.name]
 
 
 def make_throttle_group(

@@ -350,6 +350,9 @@ def test_groups_that_nobody_made_go_with_their_last_member(groups: ThrottleGroup
     group.leave(member)
     groups.drop_unused(group)
     assert "g" not in groups
+    other = groups.add("g", Limits(), is_object=False)
+    groups.drop_unused(group)
+    assert groups.find("g") is other
 
 
 async def test_the_loops_clock_goes_on_and_calls() -> None:
