@@ -18,6 +18,8 @@ from nbdfleece.base.units import KiB, MiB
 from nbdfleece.block.child import Child, Role
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
+from nbdfleece.block.registry import add_from_options
+from nbdfleece.block.reopen import reopen
 from nbdfleece.datapath.step import background
 from nbdfleece.protocol.nbd import constants as c
 from tests.support import nbd_peers
@@ -405,6 +407,24 @@ async def test_read_only_export_needs_a_read_only_node(graph: Graph, short_tmp: 
         assert len(await read(node, 0, 10)) == 10
         await remove_all(graph)
     assert not list(graph)
+
+
+async def test_read_only_export_stays_so_when_its_node_is_reopened(
+    graph: Graph, short_tmp: Path
+) -> None:
+    options = {
+        "driver": "nbd",
+        "node-name": "n",
+        "server": {"type": "unix", "path": str(short_tmp / "s")},
+        "read-only": True,
+    }
+    backend = Backend(export(flags=c.NBD_FLAG_HAS_FLAGS | c.NBD_FLAG_READ_ONLY))
+    async with backend.serving(short_tmp / "s"):
+        node = await add_from_options(graph, options)
+        await reopen(graph, [options])
+        with pytest.raises(CommandError, match="the export is read-only"):
+            await reopen(graph, [{**options, "read-only": False}])
+        assert node.read_only
 
 
 async def test_there_are_no_children() -> None:

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nbdfleece.block.child import Child
+    from nbdfleece.block.driver import Reopening
     from nbdfleece.block.drivers.nbd.target import Target
     from nbdfleece.protocol.nbd.client import Connected
     from nbdfleece.protocol.nbd.client_replies import Reply
@@ -92,10 +93,25 @@ class NbdDriver(Driver):
         export = self._links.first.export
         self._flags = export.flags
         self._max_payload = min(export.maximum_block, MAX_PAYLOAD)
-        if export.flags & NBD_FLAG_READ_ONLY and not self.node.read_only:
+        try:
+            self._check_writable(read_only=self.node.read_only)
+        except CommandError:
             await self._links.close()
-            raise CommandError(f"{self.target}: the export is read-only (use read-only=on)")
+            raise
         return export.size
+
+    async def reopen_prepare(self, to: Reopening) -> None:
+        """Check that the server takes writes, if there are to be any; see Driver.reopen_prepare."""
+        self._check_writable(read_only=to.read_only)
+
+    def _check_writable(self, *, read_only: bool) -> None:
+        """Check that a node that may be written is of an export that may.
+
+        Raises:
+            CommandError: It is not.
+        """
+        if self._flags & NBD_FLAG_READ_ONLY and not read_only:
+            raise CommandError(f"{self.target}: the export is read-only (use read-only=on)")
 
     async def close(self) -> None:
         """Take leave of the server; see Driver.close."""
