@@ -187,7 +187,9 @@ async def prepare_backup(
     work = Backup(graph, options, node, driver)
     job = Job(job_options, work, jobs.news, group)
     try:
-        jobs.check_id(job_options.id)  # the world may have changed while the filter was made
+        # The world may have changed while the filter was made.
+        jobs.check_id(job_options.id)
+        _check_bitmap(source, options)
         graph.insert_filter(node)
         try:
             work.hold(job)

@@ -378,6 +378,30 @@ async def test_what_makes_no_sense_is_refused_and_nothing_is_left(bench: Bench) 
     await refused("discard-source needs a snapshot-access node for a source", discard_source=True)
 
 
+async def test_a_bitmap_that_is_taken_while_the_filter_is_made_refuses_the_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an export, say: then there is no job, and nothing of it."""
+    await bench.add_null("a", "b")
+    source = bench.graph.find("a")
+    bitmap = source.bitmaps["bm"] = new_bitmap(source, "bm", None, enabled=True)
+    before = bench.shape()
+    add = bench.graph.add
+
+    async def slow(*args: object, **options: object) -> Node:
+        made = await add(*args, **options)  # type: ignore[arg-type]
+        bitmap.busy = True
+        return made
+
+    monkeypatch.setattr(bench.graph, "add", slow)
+    with pytest.raises(InUse):
+        await bench.backup(sync=Sync.INCREMENTAL, bitmap="bm")
+    assert bench.shape() == before
+    assert not list(bench.jobs)
+    assert not bench.news
+    assert bitmap.successor is None
+
+
 async def test_nodes_of_a_job_are_busy_but_its_source_is_free_for_another(bench: Bench) -> None:
     """T-J8: nothing of a job's graph can be removed; afterwards all can."""
     await bench.add_null("a", "b", "d")
