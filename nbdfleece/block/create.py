@@ -8,20 +8,20 @@ Follows: QEMU qapi/block-core.json (BlockdevCreateOptions), block/create.c, bloc
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdfleece.base.errors import CommandError, ImageError, IoError
 from nbdfleece.base.limits import JOB_STATUS_PIECE, MAX_SIZE, ZERO_PIECE
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.drivers.locks import ImageLocks, can_lock
 from nbdfleece.block.registry import add_from_options
+from nbdfleece.datapath.workers import Lane
 from nbdfleece.formats.qcow2 import header as h
 from nbdfleece.formats.qcow2.create import NewImage, image_length, image_pieces
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nbdfleece.block.graph import Graph
     from nbdfleece.block.node import Node
 
+T = TypeVar("T")
 Creator = Callable[["Graph", Mapping[str, object]], Awaitable[None]]
 
 _MODE: Final = 0o644  # as QEMU; the umask takes from it
@@ -85,7 +86,7 @@ async def create_overlay(
     creator = find_creator(driver)
     if driver == "file":
         raise CommandError(f"Format driver '{driver}' does not support backing images")
-    is_new = not await asyncio.to_thread(os.path.lexists, filename)
+    is_new = not await _in_thread(lambda: os.path.lexists(filename))
     await _file(graph, {"filename": filename, "size": 0})
     try:
         await creator(
@@ -100,7 +101,7 @@ async def create_overlay(
     except BaseException:
         if is_new:
             with contextlib.suppress(OSError):
-                await asyncio.to_thread(os.unlink, filename)
+                await _in_thread(lambda: os.unlink(filename))
         raise
 
 
@@ -113,7 +114,16 @@ async def _file(_graph: Graph, options: Mapping[str, object]) -> None:
     mode = str(options.get("preallocation", "off"))
     if mode == "metadata":
         raise CommandError("Unsupported preallocation mode: metadata")
-    await asyncio.to_thread(_make_file, filename, size, mode)
+    await _in_thread(lambda: _make_file(filename, size, mode))
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """Await a call in a thread of its own: a dead file system, or a large file, may keep it."""
+    lane = Lane("creating an image", 1)
+    try:
+        return await lane.submit(call)
+    finally:
+        lane.close()
 
 
 def _make_file(filename: str, size: int, mode: str) -> None:
@@ -122,6 +132,8 @@ def _make_file(filename: str, size: int, mode: str) -> None:
         fd = os.open(filename, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
     except OSError as error:
         raise CommandError(f"Could not create '{filename}': {error.strerror}") from error
+    except ValueError as error:  # a zero byte, or no valid text
+        raise CommandError(f"Could not create {filename!a}: not a file name") from error
     try:
         _fill_file(fd, filename, size, mode)
     except BaseException:
