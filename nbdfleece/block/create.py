@@ -20,6 +20,7 @@ from nbdfleece.base.errors import CommandError, ImageError, IoError
 from nbdfleece.base.limits import JOB_STATUS_PIECE, MAX_SIZE, ZERO_PIECE
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.drivers.locks import ImageLocks, can_lock
+from nbdfleece.block.graph import truncate
 from nbdfleece.block.registry import add_from_options
 from nbdfleece.datapath.workers import Lane
 from nbdfleece.formats.qcow2 import header as h
@@ -238,8 +239,8 @@ async def _write_image(
     """
     header_at, header = next(pieces)
     if node.size:
-        await node.truncate(0)
-    await node.truncate(length)
+        await truncate(node, 0)
+    await truncate(node, length)
     if mode in ("falloc", "full"):
         try:
             await _allocate(node, length, is_full=mode == "full")

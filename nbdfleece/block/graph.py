@@ -218,11 +218,7 @@ class Graph:
                 "root", _Resizer(), node, perm=permissions.RESIZE, shared=permissions.ALL
             )
             try:
-                check_bitmaps_idle(above(node))
-                await node.truncate(size)
-                for upper in above(node):
-                    if upper.size != upper.driver.size_now():
-                        upper.resized(upper.driver.size_now())
+                await truncate(node, size)
             finally:
                 self.detach_root(edge)
 
@@ -372,6 +368,20 @@ def above(*nodes: Node) -> list[Node]:
         visit(node)
     order.reverse()
     return order
+
+
+async def truncate(node: Node, size: int) -> None:
+    """Make a node longer or shorter, and all above that have its size; RESIZE is the caller's.
+
+    Raises:
+        CommandError: It cannot be done. Nothing has changed.
+        IoError: The file or its file system refused.
+    """
+    check_bitmaps_idle(above(node))
+    await node.truncate(size)
+    for upper in above(node):
+        if upper.size != upper.driver.size_now():
+            upper.resized(upper.driver.size_now())
 
 
 def check_bitmaps_idle(nodes: Iterable[Node]) -> None:

@@ -13,6 +13,8 @@ from nbdfleece.base.errors import CommandError
 from nbdfleece.block import create as created
 from nbdfleece.block.create import create
 from nbdfleece.block.graph import Graph
+from nbdfleece.block.registry import add_from_options
+from tests.support.driver_kit import remove_all
 from tests.support.waiting import until
 
 
@@ -46,3 +48,19 @@ async def test_what_is_no_file_name_is_refused() -> None:
     for name in ("a\0b", "\ud800"):
         with pytest.raises(CommandError, match="not a file name"):
             await create(Graph(), "file", {"filename": name, "size": 1})
+
+
+async def test_who_stands_on_the_node_sees_its_new_size(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"")
+    graph = Graph()
+    file = {"driver": "file", "node-name": "f", "filename": str(tmp_path / "f")}
+    for options in (file, {"driver": "raw", "node-name": "r", "file": "f"}):
+        await add_from_options(graph, options)
+
+    await create(graph, "qcow2", {"file": "f", "size": 1 << 20})
+
+    raw = graph.find("r")
+    assert raw.size == (tmp_path / "f").stat().st_size
+    image = await add_from_options(graph, {"driver": "qcow2", "node-name": "q", "file": "r"})
+    assert image.size == 1 << 20
+    await remove_all(graph)
