@@ -217,6 +217,28 @@ async def test_server_that_comes_back_as_another_is_refused(
         assert len(await read(node, 0, 6)) == 6
 
 
+async def test_server_that_drops_every_connection_is_not_dialled_without_pause(
+    graph: Graph, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "NBD_RETRY_S", (0.05, 0.1, 10.0))
+    backend = Backend(export(flags=PLAIN))
+    async with backend.serving(short_tmp / "s"):
+        await add(graph, upstream(short_tmp / "s", reconnect_s=OPEN_S))
+    dropped = 0
+
+    async def drop(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal dropped
+        writer.write(wire.greeting(c.NBD_FLAG_FIXED_NEWSTYLE | c.NBD_FLAG_NO_ZEROES))
+        await reader.readexactly(4)
+        await backend.haggle(reader, writer)
+        dropped += 1
+
+    async with scripted(short_tmp / "s", drop):
+        await until(lambda: dropped == 3)
+        await asyncio.sleep(0.2)
+        assert dropped == 3
+
+
 async def test_server_that_comes_back_without_block_status_is_refused(
     graph: Graph, short_tmp: Path
 ) -> None:

@@ -90,6 +90,8 @@ class Links:
         self._flush_has_failed = False  # one of our own, of which the next FLUSH is to tell
         self._up: list[Connection] = []
         self._wanted = 1  # connections that the keeper tries for
+        self._in_vain = 0  # how often all were lost in a row, soon and without an answer
+        self._up_since = 0.0  # by the loop's clock
         self._dead: str | None = None  # why
         self._patience: asyncio.TimerHandle | None = None  # runs while waiting
         self._is_failing = False
@@ -218,6 +220,7 @@ class Links:
                 if not self._reconnect_delay_s:
                     raise IoError(errno.EIO, f"{where}: {error}") from error
                 continue
+            self._in_vain = 0
             self._wake(1)
             if unflushed is not None and not reply.error:
                 if command == NBD_CMD_FLUSH:
@@ -286,6 +289,8 @@ class Links:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
+            if self._in_vain > 1:  # a server may take connections and drop them for ever
+                await asyncio.sleep(_pause(self._in_vain - 2))
             try:
                 dialled = await dial(self.target, limit_s=NBD_DIAL_TIMEOUT_S)
                 if self._is_dead():  # given up meanwhile
@@ -402,6 +407,8 @@ class Links:
         return NBD_CONNECTIONS if connected.export.flags & NBD_FLAG_CAN_MULTI_CONN else 1
 
     def _join(self, connection: Connection) -> None:
+        if not self._up:
+            self._up_since = asyncio.get_running_loop().time()
         self._up.append(connection)
         connection.lost.add_done_callback(lambda future: self._leave(connection, future))
         self._is_failing = False
@@ -415,6 +422,9 @@ class Links:
         if connection not in self._up:  # we have closed it ourselves
             return
         self._up.remove(connection)
+        if not self._up:
+            is_soon = asyncio.get_running_loop().time() - self._up_since < NBD_RETRY_S[-1]
+            self._in_vain = self._in_vain + 1 if is_soon else 1
         reason = future.result()
         _log.warning("%s: %s", self.target, reason)
         if reason.by_violation:
