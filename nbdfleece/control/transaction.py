@@ -22,7 +22,7 @@ Follows: QEMU blockdev.c (qmp_transaction).
 from __future__ import annotations
 
 import logging
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -34,7 +34,7 @@ from nbdfleece.protocol.qmp.schema import Arguments
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from nbdfleece.block.node import Node
     from nbdfleece.control.command import Context
@@ -240,6 +240,18 @@ class Transaction:
                 f"Action '{kind.name}' does not support Transaction property "
                 "completion-mode = grouped"
             )
+
+
+@asynccontextmanager
+async def between_transactions(context: Context, *, wanted: bool) -> AsyncIterator[None]:
+    """Hold transactions up, if `wanted`: for who takes a bitmap into use.
+
+    What a transaction has prepared may be taken back: nobody is to see it before.
+    """
+    async with AsyncExitStack() as held:
+        if wanted:
+            await held.enter_async_context(context.transacting)
+        yield
 
 
 async def _clean(actions: Iterable[Action]) -> None:

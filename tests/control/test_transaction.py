@@ -11,13 +11,17 @@ from types import SimpleNamespace
 import pytest
 
 from nbdfleece.base.errors import CommandError
+from nbdfleece.block.bitmap import new_bitmap
 from nbdfleece.block.drivers.null import NullDriver
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
 from nbdfleece.cli.client import Client, CommandFailed
+from nbdfleece.control.commands import COMMANDS
 from nbdfleece.control.commands.transaction import ACTIONS
+from nbdfleece.control.objects import Objects
 from nbdfleece.control.transaction import Action, ActionKind, Transaction
 from nbdfleece.protocol.qmp.schema import Arguments, String, Struct
+from nbdfleece.server.exports import Exports, RemoveMode
 from tests.support.live import serving
 from tests.support.storage_daemon import StorageDaemon
 from tests.support.waiting import turns
@@ -40,6 +44,10 @@ class Bench:
         kind = ActionKind("noted", Struct({"name": String()}), self._make, can_be_grouped=False)
         asked = [(kind, Arguments(kind.arguments, {"name": name})) for name in names]
         await Transaction(self.context, grouped=grouped).run(asked)
+
+    async def run_refused(self, *names: str) -> None:
+        with pytest.raises(CommandError):
+            await self.run(*names)
 
     def _make(self, transaction: Transaction, arguments: Arguments) -> Action:
         return Noted(self, transaction, arguments)
@@ -180,6 +188,54 @@ async def test_transactions_wait_for_each_other() -> None:
         bench.gate.set()
     assert bench.done[4:5] == ["begin b"]
     assert not bench.lock.locked()
+
+
+@pytest.mark.parametrize("command", ["block-export-add", "nbd-server-add", "bare"])
+async def test_nobody_takes_a_bitmap_that_a_transaction_may_put_back(command: str) -> None:
+    """An incremental backup by one that is cleared for the moment would miss what has changed."""
+    bench = Bench()
+    node = await bench.node("n")
+    node.bitmaps["b"] = new_bitmap(node, "b", None, enabled=True)
+    exports, nbd = Exports(bench.graph), SimpleNamespace(check_running=lambda: None)
+    context = SimpleNamespace(**vars(bench.context), exports=exports, nbd=nbd, objects=Objects())
+    asked = {
+        "block-export-add": {"type": "nbd", "id": "e", "node-name": "n", "bitmaps": ["b"]},
+        "nbd-server-add": {"device": "n", "name": "e", "bitmap": "b"},
+        "bare": {"type": "nbd", "id": "e", "node-name": "n"},
+    }[command]
+    run = COMMANDS["block-export-add" if command == "bare" else command]
+    bench.touches, bench.refuse = {"a": [node]}, {"prepare a"}
+    bench.gate.clear()
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(bench.run_refused("a"))
+        await turns(5)
+        node.bitmaps["b"].enabled = False  # so that a read-only export may have it
+        adding = tasks.create_task(run.run(context, Arguments(run.arguments, asked)))
+        await turns(5)
+        assert len(list(exports)) == (1 if command == "bare" else 0)
+        bench.gate.set()
+        await task
+        await adding
+    assert len(list(exports)) == 1
+    await exports.remove("e", RemoveMode.HARD)
+
+
+@pytest.mark.parametrize("bitmap", [{"bitmap": "b"}, {}], ids=["bitmap", "none"])
+async def test_a_snapshot_with_a_bitmap_waits_for_a_transaction(bitmap: dict) -> None:
+    bench, made = Bench(), []
+
+    async def create(disks: list[str], *_: object, **__: object) -> list[object]:
+        made.extend(disks)
+        return []
+
+    fleece = SimpleNamespace(create_snapshots=create)
+    context = SimpleNamespace(**vars(bench.context), fleece=fleece)
+    run = COMMANDS["fleece-snapshot-create"]
+    async with asyncio.TaskGroup() as tasks, context.transacting:
+        tasks.create_task(run.run(context, Arguments(run.arguments, {"disks": ["vda"], **bitmap})))
+        await turns(5)
+        assert made == ([] if bitmap else ["vda"])
+    assert made == ["vda"]
 
 
 async def test_a_cancelled_transaction_is_undone() -> None:

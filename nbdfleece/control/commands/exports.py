@@ -15,6 +15,7 @@ from nbdfleece.base.limits import MAX_STRING
 from nbdfleece.control.command import Command
 from nbdfleece.control.commands.bitmaps import BITMAP_OR_NAME
 from nbdfleece.control.commands.general import NOTHING
+from nbdfleece.control.transaction import between_transactions
 from nbdfleece.fleece.io_limits import drop_unused_limits
 from nbdfleece.protocol.qmp.schema import (
     UINT32,
@@ -55,6 +56,12 @@ _NBD: Final = "nbd"
 
 async def _export_add(context: Context, arguments: Arguments) -> Json:
     """Offer a node to NBD clients."""
+    async with between_transactions(context, wanted="bitmaps" in arguments):
+        _offer(context, arguments)
+    return {}
+
+
+def _offer(context: Context, arguments: Arguments) -> None:
     export_id, node_name = arguments.string("id"), arguments.string("node-name")
     _check_id(context, export_id)
     node = context.graph.find(node_name)
@@ -73,11 +80,16 @@ async def _export_add(context: Context, arguments: Arguments) -> Json:
     _add(context, node, options, _bitmap_names(arguments))
     if thread is not None:
         _hold_while_exported(context, export_id, thread)
-    return {}
 
 
 async def _server_add(context: Context, arguments: Arguments) -> Json:
     """Offer a node to NBD clients, under an export id that is its name."""
+    async with between_transactions(context, wanted="bitmap" in arguments):
+        _offer_device(context, arguments)
+    return {}
+
+
+def _offer_device(context: Context, arguments: Arguments) -> None:
     device = arguments.string("device")
     node = _node_of_device(context, device)
     name = _or(arguments.optional_string("name"), device)
@@ -91,7 +103,6 @@ async def _server_add(context: Context, arguments: Arguments) -> Json:
         allocation_depth=False,
     )
     _add(context, node, options, [arguments.string("bitmap")] if "bitmap" in arguments else [])
-    return {}
 
 
 def _bitmap_names(arguments: Arguments) -> list[str | tuple[str, str]]:

@@ -10,7 +10,7 @@ from nbdfleece import __version__
 from nbdfleece.base.errors import CommandError, NotFound
 from nbdfleece.base.extent import HOLE, ZERO
 from nbdfleece.control.command import Command, uris
-from nbdfleece.control.transaction import Action, ActionKind
+from nbdfleece.control.transaction import Action, ActionKind, between_transactions
 from nbdfleece.fleece.errors import NotBuilt
 from nbdfleece.fleece.location import make_location
 from nbdfleece.fleece.map import DIRTY, GONE, SAVED
@@ -118,12 +118,13 @@ def _mapped(extent: Extent, arguments: Arguments) -> Json:
 
 async def _snapshot_create(context: Context, arguments: Arguments) -> Json:
     """Take a snapshot of each disk, all at one instant, and export them."""
-    made = await context.fleece.create_snapshots(
-        arguments.strings("disks"),
-        arguments.optional_string("name"),
-        _snapshot_options(arguments),
-        token_s=arguments.optional_number("token"),
-    )
+    async with between_transactions(context, wanted="bitmap" in arguments):
+        made = await context.fleece.create_snapshots(
+            arguments.strings("disks"),
+            arguments.optional_string("name"),
+            _snapshot_options(arguments),
+            token_s=arguments.optional_number("token"),
+        )
     return [_created(context, taken) for taken in made]
 
 
