@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
     from nbdfleece.block.node import Node
     from nbdfleece.protocol.qmp.values import Json
+    from nbdfleece.server.export import Export
 
 _log = logging.getLogger(__name__)
 
@@ -342,9 +343,9 @@ class StorageDaemon:
 
         Cancel: the rest stays open.
         """
-        for export in list(self._exports):
+        served = [(export, export.node) for export in self._exports]
+        for export, _ in served:
             self._exports.cut_off(export.options.id)
-            await export.wait_unused()
         begun: set[Node] = set()
         async with asyncio.TaskGroup() as tasks:
             closing = [
@@ -352,7 +353,18 @@ class StorageDaemon:
                 for node in self._graph
                 if not node.parents
             ]
+            closing += [
+                tasks.create_task(self._can_close_behind(export, node, begun))
+                for export, node in served
+            ]
         return all(task.result() for task in closing)
+
+    async def _can_close_behind(self, export: Export, node: Node, begun: set[Node]) -> bool:
+        """Close a node when its export is not used any more; or say why not."""
+        await export.wait_unused()
+        if node.parents or node in begun:
+            return True
+        return await self._can_close(node, begun)
 
     async def _can_close(self, node: Node, begun: set[Node]) -> bool:
         """Close a node, and then those of its children that nobody else uses; or say why not."""

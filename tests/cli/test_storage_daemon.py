@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from nbdfleece import __version__
+from nbdfleece.protocol.nbd import constants
 from tests.support import stuck
 from tests.support.daemon_process import START_S, environment, make_disk, nbdfleece
 from tests.support.image_with_bitmap import image_with_a_bitmap
+from tests.support.live import eventually
+from tests.support.nbd_client import connected
 from tests.support.storage_daemon import StorageDaemon
 
 NAME = "storage-daemon"
@@ -245,4 +249,25 @@ def test_a_node_that_is_stuck_at_the_end_keeps_no_other_from_being_closed(short_
         daemon.process.terminate()
         assert daemon.process.wait(START_S) == 1
         assert "stopped by force" in daemon.errors()
+    assert names() == [("b0", ["auto"])]
+
+
+@pytest.mark.interop("qemu-img")
+async def test_a_request_that_is_stuck_at_the_end_keeps_no_node_from_being_closed(
+    short_tmp: Path,
+) -> None:
+    image, names = image_with_a_bitmap(short_tmp)
+    make_disk(short_tmp / stuck.NAME, 4096)
+    options = ["--blockdev", f"driver=file,node-name=a,filename={stuck.NAME}"]
+    options += ["--blockdev", f"driver=qcow2,node-name=b,file.driver=file,file.filename={image}"]
+    options += ["--nbd-server", "addr.type=unix,addr.path=nbd.sock"]
+    for node in ("a", "b"):
+        options += ["--export", f"nbd,id={node},node-name={node},writable=on"]
+    program = (stuck.python_that_is_stuck(short_tmp, "pwrite"), "-m", "nbdfleece", NAME)
+    with StorageDaemon(short_tmp, *options, program=program) as daemon:
+        async with connected(str(short_tmp / "nbd.sock"), "a") as guest:
+            await guest.submit(constants.NBD_CMD_WRITE, 0, 1, data=b"x")
+            await eventually(lambda: "it is stuck" in daemon.errors())
+            daemon.process.terminate()
+            assert await asyncio.to_thread(daemon.process.wait, START_S) == 1
     assert names() == [("b0", ["auto"])]
