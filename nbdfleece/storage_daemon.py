@@ -11,6 +11,7 @@ begun are finished, exports and nodes go.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import logging
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from nbdfleece.base import keyval
-from nbdfleece.base.errors import CommandError, ConfigError, IoError, NbdfleeceError
+from nbdfleece.base.errors import CommandError, ConfigError, IoError, NbdfleeceError, NotFound
 from nbdfleece.base.limits import DRAIN_TIMEOUT_S
 from nbdfleece.block.drain import started
 from nbdfleece.block.graph import Graph
@@ -357,7 +358,12 @@ class StorageDaemon:
                 tasks.create_task(self._can_close_behind(export, node, begun))
                 for export, node in served
             ]
-        return all(task.result() for task in closing)
+        is_clean = all(task.result() for task in closing)
+        # What stood below a filter of I/O limits that has gone by itself (`watch_limits`).
+        while left := [node for node in self._graph if not node.parents and node not in begun]:
+            for node in left:
+                is_clean &= await self._can_close(node, begun)
+        return is_clean
 
     async def _can_close_behind(self, export: Export, node: Node, begun: set[Node]) -> bool:
         """Close a node when its export is not used any more; or say why not."""
@@ -372,13 +378,14 @@ class StorageDaemon:
         is_clean = True
         below = [edge.node for edge in node.children]
         try:
-            if not node.read_only:
+            if not node.read_only and self._graph.get(node.name) is node:  # else it has gone
                 await started(node.flush())
         except IoError as error:
             _log.error("node '%s': last flush failed: %s", node.name, error)
             is_clean = False
         try:
-            await self._graph.remove(node)
+            with contextlib.suppress(NotFound):
+                await self._graph.remove(node)
         except CommandError as error:
             _log.error("node '%s': %s", node.name, error)
             return False

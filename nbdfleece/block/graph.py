@@ -73,6 +73,15 @@ class Graph:
         """Return the node called `name`, or None."""
         return self._nodes.get(name)
 
+    def _check_there(self, node: Node) -> None:
+        """Check that a node has not been removed; another may have its name now.
+
+        Raises:
+            NotFound: It has.
+        """
+        if self.find(node.name) is not node:
+            raise NotFound(f"Cannot find device='' nor node-name='{node.name}'")
+
     def unused_name(self) -> str:
         """Return a fresh name for a node that the user did not name (as QEMU's `#block123`)."""
         self._unnamed += 1
@@ -121,8 +130,7 @@ class Graph:
         else:
             self.check_new_name(name)
         for child, _ in (children or {}).values():
-            if self.get(child.name) is not child:  # it was removed while the caller waited
-                raise NotFound(f"Cannot find device='' nor node-name='{child.name}'")
+            self._check_there(child)  # it may have been removed while the caller waited
         node = Node(name, driver, read_only=read_only, discard_enabled=discard_enabled)
         self._opening.add(name)
         change = GraphChange()
@@ -152,9 +160,10 @@ class Graph:
             InUse: It has parents. Nothing has changed.
             CommandError: It is gone already, or work on it does not end. Nothing has changed.
         """
+        self._check_there(node)
         _check_unused(node)
         async with quiet(node):
-            self.find(node.name)  # it may have been removed meanwhile
+            self._check_there(node)  # it may have been removed meanwhile
             _check_unused(node)
             del self._nodes[node.name]
             await node.driver.close()

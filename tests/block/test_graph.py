@@ -12,8 +12,11 @@ from nbdfleece.block import permissions as perms
 from nbdfleece.block.child import Child, Role
 from nbdfleece.block.drain import drained
 from nbdfleece.block.driver import Driver
+from nbdfleece.block.drivers.throttle import ThrottleDriver
 from nbdfleece.block.graph import Graph, GraphChange
 from nbdfleece.block.node import Node
+from nbdfleece.block.throttle import Limits
+from nbdfleece.block.throttle_group import ThrottleGroups
 from tests.support.memory import MemoryDriver
 
 SIZE = 65536
@@ -334,6 +337,29 @@ async def test_nobody_finds_a_node_before_it_is_open(fails: bool) -> None:
     assert fails == (opening.exception() is not None)
     if fails:
         graph.check_new_name("slow")
+
+
+async def test_a_node_is_removed_once() -> None:
+    """Whoever comes later is told so, and touches neither what is closed nor its successor."""
+    graph = Graph()
+    limits = ThrottleGroups().add("g", Limits(), is_object=False)
+    low = await plain(graph)
+    old = await graph.add(
+        "x",
+        ThrottleDriver(ThrottleGroups(), limits),
+        {"file": (low, FILTERED)},
+        read_only=False,
+        discard_enabled=True,
+    )
+    await graph.remove(old)
+    with pytest.raises(NotFound):
+        await graph.remove(old)
+    new = await graph.add("x", MemoryDriver(bytearray(SIZE)), read_only=False, discard_enabled=True)
+    with pytest.raises(NotFound):
+        await graph.remove(old)
+    assert graph.find("x") is new
+    async with drained(old):
+        pass
 
 
 async def test_a_child_that_was_replaced_meanwhile_is_not_taken() -> None:

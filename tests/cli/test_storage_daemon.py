@@ -147,6 +147,17 @@ def test_quit_ends_it_and_what_was_written_is_there(short_tmp: Path) -> None:
         assert daemon.process.wait(START_S) == 0
 
 
+def test_a_limited_export_ends_as_any_other(short_tmp: Path) -> None:
+    """The filter goes by itself with the export, while all else is closed."""
+    words = ["--blockdev", "null-co,node-name=n", "--nbd-server", "addr.type=unix,addr.path=s"]
+    words += ["--export", "nbd,id=e,node-name=n,writable=on"]
+    limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd"), 0)
+    with StorageDaemon(short_tmp, *words) as daemon:
+        daemon.ask("block_set_io_throttle", {"id": "e", **limits, "iops_wr": 100})
+        assert daemon.stop() == 0, daemon.errors()
+        assert not daemon.errors()
+
+
 def test_there_is_no_state_folder(short_tmp: Path) -> None:
     make_disk(short_tmp / "a.raw", MiB)
     with StorageDaemon(short_tmp) as daemon:

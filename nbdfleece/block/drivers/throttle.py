@@ -80,7 +80,8 @@ class ThrottleDriver(Driver):
 
     def drain_begun(self) -> None:
         """Let all requests through; see Driver.drain_begun."""
-        self._open_member.begin_to_let_through()
+        if self._member is not None:  # else the node was closed while somebody waited
+            self._member.begin_to_let_through()
 
     def drain_ended(self) -> None:
         """Keep to the limits again; see Driver.drain_ended."""
