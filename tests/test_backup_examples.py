@@ -48,11 +48,11 @@ def test_the_unit_does_a_backup(daemon: Daemon, path: str) -> None:
     unit.read(EXAMPLES / "nbdfleece-backup.service")
     to = daemon.folder / "backup"
     command = unit["Service"]["ExecStart"].replace("/srv/backup", str(to))
-    assert command.startswith("/usr/bin/nbdfleece backup create vda vdb --to ")
+    assert command.startswith("/usr/local/bin/nbdfleece backup create vda vdb --to ")
 
     for _ in range(2):
         done = subprocess.run(
-            shlex.split(command.replace("/usr/bin/nbdfleece", "nbdfleece")),
+            shlex.split(command.replace("/usr/local/bin/nbdfleece", "nbdfleece")),
             executable=path.split(":", maxsplit=1)[0] + "/nbdfleece",
             env=environment(NBDFLEECE_CONTROL=str(daemon.control), PATH=path),
             check=False,
@@ -69,7 +69,7 @@ def test_systemd_understands_the_units(short_tmp: Path) -> None:
     if tool is None:
         pytest.skip("systemd-analyze is not installed (apt-get install systemd)")
     for name in ("nbdfleece-backup.service", "nbdfleece-backup.timer"):
-        text = (EXAMPLES / name).read_text().replace("/usr/bin/nbdfleece", "/bin/true")
+        text = (EXAMPLES / name).read_text().replace("/usr/local/bin/nbdfleece", "/bin/true")
         (short_tmp / name).write_text(text)
 
     done = subprocess.run(

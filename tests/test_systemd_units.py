@@ -33,7 +33,7 @@ def settings(path: Path) -> dict[str, list[str]]:
 def installed(tmp_path: Path) -> Path:
     """The units, templates with an instance, and programs that are really there."""
     for path in UNITS.iterdir():
-        text = path.read_text().replace("/usr/bin/nbdfleece", "/bin/true")
+        text = path.read_text().replace("/usr/local/bin/nbdfleece", "/bin/true")
         (tmp_path / path.name).write_text(text)
         if "@" in path.name:
             (tmp_path / path.name.replace("@", "@vda")).write_text(text)
@@ -75,7 +75,9 @@ def test_a_daemon_may_do_little_else(
 def test_nbdfleece_understands_the_command_line(path: Path) -> None:
     (command,) = settings(path)["ExecStart"]
     program, *words = shlex.split(command.replace("%i", "vda"))
-    assert program == "/usr/bin/nbdfleece"
+    assert program == "/usr/local/bin/nbdfleece"
+    install = (UNITS.parents[1] / "docs/install.md").read_text()
+    assert f"ln -s /opt/nbdfleece/bin/nbdfleece {program}\n" in install, "where it is installed"
     build_parser(__version__).parse_args(words)
 
 
