@@ -21,6 +21,7 @@ _TEMP_WARNING: Final = 0.8  # of the limit
 def watch(snapshot: Snapshot, news: Notifier[News]) -> None:
     """Publish once that `snapshot` broke, and once that most of its space is used.
 
+    The log tells of the first guest write that fails for its sake, too: a guest sees no reason.
     What happened before the call is published now.
     """
 
@@ -31,6 +32,14 @@ def watch(snapshot: Snapshot, news: Notifier[News]) -> None:
     if snapshot.cbw.error is not None:
         broken(snapshot.cbw.error)
     snapshot.cbw.broken.subscribe(broken)
+
+    def refused(error: IoError) -> None:
+        stop()
+        _log.error(
+            "snapshot %s: guest writes fail (break-guest-write): %s", snapshot.export_name, error
+        )
+
+    stop = snapshot.cbw.refused.subscribe(refused)
     if snapshot.options.temp_limit is not None:
         _watch_space(snapshot, news, snapshot.options.temp_limit)
 

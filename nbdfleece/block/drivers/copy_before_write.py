@@ -104,6 +104,7 @@ class CopyBeforeWrite(Driver):
         on_cbw_error: May be changed while it runs.
         cbw_timeout_s: May be changed while it runs.
         broken: Publishes the snapshot error when it is set.
+        refused: Publishes why a guest's write fails as its old data could not be saved.
         saved: Publishes `saved_bytes` whenever it grows.
         saved_bytes: Bytes of old data in `target`.
         error: The snapshot error, or None.
@@ -114,6 +115,7 @@ class CopyBeforeWrite(Driver):
     changeable: ClassVar[frozenset[str]] = frozenset({"on-cbw-error", "cbw-timeout"})
     repointable: ClassVar[frozenset[str]] = frozenset()  # another disk has another point in time
     _overlay: FleecedBacking | None = None  # the target is over the source
+    _cluster = 0  # `open` sets it
     _has_begun = False  # somebody may count on the point in time
 
     def __init__(
@@ -129,13 +131,13 @@ class CopyBeforeWrite(Driver):
         self.cbw_timeout_s = cbw_timeout_s
         self.error: IoError | None = None
         self.broken: Notifier[IoError] = Notifier()
+        self.refused: Notifier[IoError] = Notifier()
         self.saved: Notifier[int] = Notifier()
         self.saved_bytes = 0
         self._before = (on_cbw_error, cbw_timeout_s)
         self._min_cluster_size = min_cluster_size
         self._bitmap = bitmap
         self._temp_limit = temp_limit
-        self._cluster = 0
         self._states = StateMap(0)
         self._frozen = RangeList()
         self._moved_waiters: list[asyncio.Future[None]] = []
@@ -317,6 +319,7 @@ class CopyBeforeWrite(Driver):
             IoError: `error`, when the guest's write is to fail.
         """
         if self.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
+            self.refused.publish(error)
             raise error
         if self.error is None:
             self.error = error
