@@ -181,6 +181,18 @@ class Fleece:
 
         Cancel: undone.
         """
+        try:
+            return await self._add_disk(location)
+        except InUse as error:
+            for disk in self._disks.values():
+                if disk.location.path == location.path and disk.name != location.disk:
+                    raise InUse(
+                        f"'{location.path}' is served as disk '{disk.name}' already"
+                    ) from error
+            raise
+
+    async def _add_disk(self, location: Location) -> Disk:
+        """See add_disk; of a file that is locked, whoever locked it, it only says that."""
         self._check_new(location)
         is_device = await asyncio.to_thread(is_block_device, location)
         # Its file system, or server, may hang: others' changes do not wait for that.

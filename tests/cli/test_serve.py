@@ -234,6 +234,12 @@ def test_two_daemons_on_one_disk(short_tmp: Path, disk: Path) -> None:
         assert '" lock: Is another process using the image' in said
 
 
+def test_one_file_as_two_disks_is_called_that(short_tmp: Path, disk: Path) -> None:
+    code, said = refused(short_tmp, f"vda={disk}", f"vdb={disk}")
+    assert code == 4
+    assert said == f"nbdfleece: serve: '{disk}' is served as disk 'vda' already"
+
+
 def test_after_a_kill_the_leftovers_are_removed(short_tmp: Path, disk: Path) -> None:
     with Daemon(short_tmp, f"vda={disk}") as daemon:
         daemon.ready()
