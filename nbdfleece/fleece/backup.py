@@ -256,7 +256,8 @@ class Backups:
             compressed=options.compress,
         )
         part.dirty = base.dirty if isinstance(base, Base) else None
-        _log.info("disk %s: %s %s", part.disk, part.point.file, part.point.reason)
+        why = f" (full: {part.point.reason})" if part.point.reason else ""
+        _log.info("disk %s: backup to '%s' begins%s", part.disk, part.point.file, why)
 
     async def _settle(self, part: Part) -> None:
         """See backup_work.Settle."""

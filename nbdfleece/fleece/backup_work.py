@@ -320,8 +320,9 @@ def _reason(part: Part, error: NbdfleeceError | OSError) -> str:
     if part.is_broken:
         return f"the snapshot is broken: {part.snapshot.error}"
     if isinstance(error, OSError):
-        where = f"'{error.filename}': " if error.filename else ""
-        return f"{where}{error.strerror}"
+        # One without a name is of an open file, which is the backup's: nodes give IoError.
+        where = error.filename or (part.folder.path if part.folder is not None else None)
+        return f"'{where}': {error.strerror}" if where else str(error.strerror)
     return str(error)
 
 

@@ -283,6 +283,35 @@ async def test_a_disk_or_reader_that_is_not_there_is_named(bench: Bench) -> None
     assert "No such file" in str(run.parts[0].error)
 
 
+async def test_a_backup_that_finds_no_space_says_where(
+    bench: Bench, vda: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        if ".qcow2" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data, offset)
+
+    await write(vda, 0, b"x" * SIZE)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        run = await bench.backup()
+    assert run.state == "failed"
+    assert run.parts[0].error == f"'{bench.to / 'vda'}': No space left on device"
+
+
+async def test_the_log_says_what_a_backup_goes_to_and_why_it_is_full(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    await bench.backup()
+    await bench.backup()
+    said = [text for text in caplog.messages if "backup to" in text]
+    assert said[0].endswith(".full.qcow2' begins (full: it is the first backup)")
+    assert said[1].endswith(".inc.qcow2' begins")
+
+
 def _made(path: Path) -> Path:
     path.mkdir()
     return path
