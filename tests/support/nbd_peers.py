@@ -153,7 +153,8 @@ async def scripted(path: Path, script: Script) -> AsyncIterator[None]:
     finally:
         server.close()
         for writer in writers:
-            writer.transport.abort()
+            if not writer.transport.is_closing():  # of a closed TLS one Python 3.11.2 fails
+                writer.transport.abort()
         for task in list(running):
             task.cancel()
         if running:
