@@ -41,6 +41,7 @@ from nbdfleece.fleece.io_limits import watch_limits
 from nbdfleece.fleece.location import Location, is_block_device, parse_location
 from nbdfleece.fleece.store import StateFolder
 from nbdfleece.jobs.manager import JobManager
+from nbdfleece.lifetime import Lifetime
 from nbdfleece.protocol.nbd.haggle import TlsMode
 from nbdfleece.server.addresses import (
     VSOCK_LOCAL,
@@ -62,7 +63,7 @@ from nbdfleece.server.tls import TlsCredentials
 from nbdfleece.server.tokens import Tokens, clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Mapping
 
     from nbdfleece.server.listener import Listener
 
@@ -70,7 +71,6 @@ _log = logging.getLogger(__name__)
 
 _LOOPBACK: Final = ("127.", "::1", "::ffff:127.")
 _NOTIFY_S: Final = 1.0  # for a service manager that is busy to take what it is told
-_CLOSE_S: Final = 2.0  # for closing the disks, even when requests took all the time there was
 
 EXIT_DONE: Final = 0
 EXIT_FORCED: Final = 1
@@ -204,9 +204,8 @@ class Daemon:
         self._exports = Exports(self._graph)
         self._state = StateFolder(settings.state_dir, settings.temp_dir)
         self._tokens = Tokens(clock)
-        self._stopping = asyncio.Event()
+        self._lifetime = Lifetime(settings.drain_timeout_s, self._end_by_force)
         self._reloading = asyncio.Lock()
-        self._start_limit: asyncio.Timeout | None = None  # while it starts
         self._is_ready = False
         self._forget: list[Callable[[], None]] = []  # removes files of ours, when cut short
 
@@ -230,9 +229,11 @@ class Daemon:
             fleece = Fleece(self._graph, self._exports, self._state, self._tokens)
             self._watch_signals(tasks, plan)
             try:
-                if await self._until_told_to_stop(self._start(plan, server, control, jobs, fleece)):
+                if await self._lifetime.start(self._start(plan, server, control, jobs, fleece)):
                     self._ready(server)
-                    await self._stopping.wait()
+                    await self._lifetime.stopping.wait()
+                else:
+                    _log.info("told to stop before it was ready")
             except NbdfleeceError as error:
                 self.failure = error
             # Also after a failure: bitmaps in an image that was opened are to be written back.
@@ -240,20 +241,6 @@ class Daemon:
         self._state.close()
         self._remove_files()
         return code
-
-    async def _until_told_to_stop(self, starting: Coroutine[object, None, None]) -> bool:
-        """Tell whether what starts the daemon came to its end, or was cut short by a signal."""
-        try:
-            async with asyncio.timeout(None) as self._start_limit:
-                await starting
-        except TimeoutError:
-            if not self._stopping.is_set():  # of somebody else, then
-                raise
-            _log.info("told to stop before it was ready")
-            return False
-        finally:
-            self._start_limit = None
-        return True
 
     async def _start(
         self, plan: _Plan, server: Server, control: Control, jobs: JobManager, fleece: Fleece
@@ -290,7 +277,7 @@ class Daemon:
                 fleece,
                 server,
                 events,
-                self._stopping.set,
+                self._lifetime.stopping.set,
                 started,
                 NbdService(server, self._exports, is_permanent=True),
                 Objects(),
@@ -319,7 +306,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
 
         def reload() -> None:
-            if not self._stopping.is_set():
+            if not self._lifetime.stopping.is_set():
                 tasks.create_task(self._reload(plan), name="reload")
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -327,17 +314,12 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, reload)
 
     def _asked_to_stop(self, number: int) -> None:
-        if self._stopping.is_set():
+        if self._lifetime.stopping.is_set():
             _log.error("%s again: stopping at once", signal.Signals(number).name)
             self._remove_files()
             os._exit(EXIT_FORCED)
         _log.info("%s: stopping", signal.Signals(number).name)
-        self._stopping.set()
-        if self._start_limit is not None:
-            loop = asyncio.get_running_loop()
-            self._start_limit.reschedule(loop.time())
-            limit_s = max(self._settings.drain_timeout_s, _CLOSE_S)
-            loop.call_later(limit_s, self._end_by_force_if_it_starts)
+        self._lifetime.stop()
 
     async def _reload(self, plan: _Plan) -> None:
         """Read certificates and policy again; what is broken stays as it was. Clients stay too."""
@@ -372,7 +354,7 @@ class Daemon:
 
     def _tell_ready(self, state: str) -> None:
         """Tell the service manager as soon as it takes it: else the start has failed to it."""
-        if not self._stopping.is_set() and not _notify(state, wait_s=0):
+        if not self._lifetime.stopping.is_set() and not _notify(state, wait_s=0):
             asyncio.get_running_loop().call_later(_NOTIFY_S, self._tell_ready, state)
 
     # --- the end ---------------------------------------------------------------------------------
@@ -382,31 +364,18 @@ class Daemon:
     ) -> int:
         """End everything in order; return the exit code."""
         _notify("STOPPING=1")
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.drain_timeout_s
-
-        def left() -> float:
-            return max(deadline - loop.time(), 0.0)
-
-        # What waits for a system call cannot be cancelled, and would outstay the limits below.
-        last_resort = loop.call_at(deadline + 3 * _CLOSE_S, self._end_by_force, self._late())
-        is_in_time = await server.shutdown(timeout_s=left())
-        is_in_time &= await control.stop(timeout_s=max(left(), _CLOSE_S))
-        is_closed = True
-        for close in (jobs.close, fleece.close):  # a job that is stuck keeps no disk open
-            try:
-                async with asyncio.timeout(max(left(), _CLOSE_S)):
-                    is_closed &= await close() is not False
-            except TimeoutError:
-                is_in_time = False
-        last_resort.cancel()
-        if not (is_in_time and is_closed):
-            self._end_by_force("not all could be closed" if is_in_time else self._late())
-        _log.info("stopped")
+        with self._lifetime.end() as ending:
+            is_in_time = await server.shutdown(timeout_s=ending.left(0.0))
+            is_in_time &= await control.stop(timeout_s=ending.left())
+            # A job that is stuck keeps no disk open.
+            is_closed = [await ending.close(close) for close in (jobs.close, fleece.close)]
+        if not is_in_time or ending.is_late:
+            self._end_by_force(self._lifetime.late)
+        if not all(is_closed):
+            self._end_by_force("not all could be closed")
+        if self.failure is None:
+            _log.info("stopped")
         return EXIT_DONE
-
-    def _late(self) -> str:
-        return f"requests had not ended after {self._settings.drain_timeout_s:g} seconds"
 
     def _end_by_force(self, why: str) -> NoReturn:
         _log.error("stopped by force: %s", why)
@@ -415,10 +384,6 @@ class Daemon:
             _log.error("could not start: %s", self.failure)
         # Threads that are stuck in the kernel must not keep the program from ending.
         os._exit(EXIT_FORCED)
-
-    def _end_by_force_if_it_starts(self) -> None:
-        if self._start_limit is not None:  # what it opens is stuck, and cannot be cancelled
-            self._end_by_force(self._late())
 
     def _write_pid_file(self) -> None:
         path = self._settings.pid_file

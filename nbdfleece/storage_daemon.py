@@ -41,6 +41,7 @@ from nbdfleece.fleece.fleece import Fleece
 from nbdfleece.fleece.io_limits import watch_limits
 from nbdfleece.fleece.store import StateFolder
 from nbdfleece.jobs.manager import JobManager
+from nbdfleece.lifetime import Lifetime
 from nbdfleece.protocol.qmp.keyval import typed
 from nbdfleece.protocol.qmp.schema import Arguments, Boolean, String, Struct
 from nbdfleece.server.exports import Exports
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_CLOSE_S: Final = 2.0  # for nodes, even when requests took all the time there was
 _DAEMON_UMASK: Final = 0o027
 
 EXIT_DONE: Final = 0
@@ -122,8 +122,7 @@ class StorageDaemon:
         self._ready = ready
         self._graph = Graph()
         self._exports = Exports(self._graph)
-        self._stopping = asyncio.Event()
-        self._start_limit: asyncio.Timeout | None = None  # while options are carried out
+        self._lifetime = Lifetime(DRAIN_TIMEOUT_S, self._end_by_force)
         self._chardevs: dict[str, Control] = {}
         self._monitors: dict[str, Control] = {}  # those of _chardevs that are to answer
         self._pid_file: Path | None = None
@@ -135,14 +134,14 @@ class StorageDaemon:
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._asked_to_stop)
+            loop.add_signal_handler(number, self._lifetime.stop)
         server = Server(self._exports, ServerOptions())
         async with asyncio.TaskGroup() as tasks, server:
             jobs = JobManager(tasks)
             context = self._context(server, jobs)
             watch_limits(self._graph, self._exports, tasks)
             try:
-                is_complete = await self._carry_all_out(context, tasks)
+                is_complete = await self._lifetime.start(self._carry_all_out(context, tasks))
                 if is_complete:
                     self._write_pid_file()
             except NbdfleeceError as error:
@@ -152,19 +151,8 @@ class StorageDaemon:
                 for control in self._monitors.values():
                     control.start(context)
                 self._ready()
-                await self._stopping.wait()
+                await self._lifetime.stopping.wait()
             return await self._stop(server, jobs)
-
-    def _asked_to_stop(self) -> None:
-        self._stopping.set()
-        if self._start_limit is not None:
-            loop = asyncio.get_running_loop()
-            self._start_limit.reschedule(loop.time())
-            loop.call_later(DRAIN_TIMEOUT_S, self._end_by_force_if_it_starts)
-
-    def _end_by_force_if_it_starts(self) -> None:
-        if self._start_limit is not None:  # what it opens is stuck, and cannot be cancelled
-            self._end_by_force()
 
     def _context(self, server: Server, jobs: JobManager) -> Context:
         events = Events()
@@ -179,7 +167,7 @@ class StorageDaemon:
             fleece,
             server,
             events,
-            self._stopping.set,
+            self._lifetime.stopping.set,
             datetime.now(UTC).replace(microsecond=0).isoformat().replace("+00:00", "Z"),
             NbdService(server, self._exports, is_permanent=False),
             Objects(),
@@ -189,23 +177,14 @@ class StorageDaemon:
 
     # --- options ---------------------------------------------------------------------------------
 
-    async def _carry_all_out(self, context: Context, tasks: asyncio.TaskGroup) -> bool:
-        """Do what the options say; tell whether that was done, or cut short by a signal.
+    async def _carry_all_out(self, context: Context, tasks: asyncio.TaskGroup) -> None:
+        """Do what the options say.
 
         Raises:
             CommandError: One cannot be carried out.
         """
-        try:
-            async with asyncio.timeout(None) as self._start_limit:
-                for name, value in self._settings.options:
-                    await self._carry_out(context, tasks, name, value)
-        except TimeoutError:
-            if not self._stopping.is_set():  # of somebody else, then
-                raise
-            return False
-        finally:
-            self._start_limit = None
-        return True
+        for name, value in self._settings.options:
+            await self._carry_out(context, tasks, name, value)
 
     async def _carry_out(
         self, context: Context, tasks: asyncio.TaskGroup, name: str, value: str
@@ -301,32 +280,20 @@ class StorageDaemon:
 
     async def _stop(self, server: Server, jobs: JobManager) -> int:
         """End everything in order; return the exit code."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + DRAIN_TIMEOUT_S
-        # What waits for a system call cannot be cancelled, and would outstay the limits below.
-        last_resort = loop.call_at(deadline + 3 * _CLOSE_S, self._end_by_force)
-
-        def left() -> float:
-            return max(deadline - loop.time(), _CLOSE_S)
-
-        is_clean = await server.shutdown(timeout_s=left())
-        for control in self._chardevs.values():
-            is_clean &= await control.stop(timeout_s=left())
-        for close in (jobs.close, self._close_nodes):  # a job that is stuck keeps no node open
-            try:
-                async with asyncio.timeout(left()):
-                    is_clean &= await close() is not False
-            except TimeoutError:
-                is_clean = False
-        last_resort.cancel()
+        with self._lifetime.end() as ending:
+            is_clean = await server.shutdown(timeout_s=ending.left())
+            for control in self._chardevs.values():
+                is_clean &= await control.stop(timeout_s=ending.left())
+            for close in (jobs.close, self._close_nodes):  # a job that is stuck keeps no node open
+                is_clean &= await ending.close(close)
         if not is_clean:
-            self._end_by_force()
+            self._end_by_force(self._lifetime.late)
         self._remove_pid_file()
         return EXIT_DONE
 
-    def _end_by_force(self) -> NoReturn:
+    def _end_by_force(self, why: str) -> NoReturn:
         self._remove_pid_file()
-        _log.error("stopped by force: requests had not ended after %g seconds", DRAIN_TIMEOUT_S)
+        _log.error("stopped by force: %s", why)
         # Threads that are stuck in the kernel must not keep the program from ending.
         os._exit(EXIT_FORCED)
 

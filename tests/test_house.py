@@ -37,6 +37,7 @@ DOORS: dict[str, set[str]] = {
     "control": {"base", "protocol", "block", "jobs", "server", "fleece"},
     "pki": {"base"},
     "cli": {"base", "protocol", "pki", "backup", "daemon", "storage_daemon"},
+    "lifetime": set(),
     "__main__": {"cli"},
     "__init__": set(),
 }

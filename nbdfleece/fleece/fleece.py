@@ -262,7 +262,7 @@ class Fleece:
         if disk.location.remote is None and not disk.location.read_only:
             # The last flush is short then: others' changes wait for it.
             with suppress(IoError):  # that one tells of it
-                await (flush_in_time(disk.node) if force else disk.node.flush())
+                await (flush_in_time(disk.node) if force else _flush(disk))
         async with self.changing:
             disk = self._removable(name, force=force)
             if force:
