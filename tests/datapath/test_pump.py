@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import random
+import re
 import select
 import socket
 import ssl
@@ -31,7 +32,7 @@ from tests.reference.pump import PlainServer
 from tests.support.memory import MemoryDriver
 from tests.support.nbd_client import BASE, NbdClient
 from tests.support.pki import Pki
-from tests.support.tls_pair import InTheMiddle, cut_in_pieces, socket_pair, tls_pair
+from tests.support.tls_pair import FORGED, InTheMiddle, cut_in_pieces, socket_pair, tls_pair
 from tests.support.waiting import turns, until
 
 KIB, MIB = 1024, 1 << 20
@@ -896,7 +897,7 @@ async def test_a_forged_record_ends_the_connection(line: MakeLine) -> None:
     server = await line(driver, tls=True)
     request = wire.request(1, flags=0, cookie=1, offset=0, length=4) + b"evil"
     server.client.sock.send(b"\x17\x03\x03" + (len(request) + 16).to_bytes(2) + request + bytes(16))
-    assert "receive failed: TLS: decryption failed" in (await server.pump.closed or "")
+    assert re.search(f"receive failed: {FORGED}", await server.pump.closed or "")
     assert driver.writes == 0
 
 

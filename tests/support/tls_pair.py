@@ -14,6 +14,9 @@ from nbdfleece.datapath.stream import Stream
 from nbdfleece.datapath.tls import TlsStream
 from tests.support.pki import Pki
 
+# Of a record that is not the peer's; the second is what OpenSSL says from 3.2 on.
+FORGED = "TLS: (decryption failed or bad record mac|record layer failure)"
+
 
 def server_context(folder: Path, *, verify: bool = True) -> ssl.SSLContext:
     """For a server with the folder of a server (tests/support/pki.py)."""
