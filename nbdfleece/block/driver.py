@@ -18,7 +18,7 @@ import errno
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.extent import DATA, Extent
@@ -34,6 +34,20 @@ if TYPE_CHECKING:
     from nbdfleece.datapath.route import EarlyReply
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Counted(Protocol):
+    """What counts writes that are on their way to a place.
+
+    Attributes:
+        count: How many; changed by whoever makes them.
+    """
+
+    count: int
+
+
+Place = tuple["FileIo", int, Counted | None]
+"""(file, offset in it, where to count the write while it runs): where a write goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +253,13 @@ class Driver(ABC):
         With `fua`, return only when it is on stable storage.
         """
         raise IoError(errno.ENOTSUP, self._where("write", offset, len(data)))
+
+    def place(self, offset: int, length: int) -> Place | None:
+        """Return where a write of the range goes, if it is one write to a file and nothing else.
+
+        The caller makes it at once, without an await before it.
+        """
+        return None
 
     async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
         """As `write` without FUA; may have `reply` sent as soon as the data is written.

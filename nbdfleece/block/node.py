@@ -26,6 +26,7 @@ from nbdfleece.base.errors import CommandError, IoError
 from nbdfleece.base.limits import ZERO_PIECE
 from nbdfleece.block.accounting import CountedVerbs
 from nbdfleece.block.child import Child, Role
+from nbdfleece.datapath.writes import Write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
     from nbdfleece.base.extent import Extent
     from nbdfleece.block.accounting import Accounting
     from nbdfleece.block.bitmap import BitmapKeeper, DirtyBitmap
-    from nbdfleece.block.driver import Driver
+    from nbdfleece.block.driver import Driver, Place
     from nbdfleece.block.registry import NodeSpec
     from nbdfleece.datapath.fileio import FileIo
     from nbdfleece.datapath.route import EarlyReply, IoVerbs
+    from nbdfleece.datapath.workers import Op
 
 _ZEROES = memoryview(bytes(ZERO_PIECE))
 
@@ -278,6 +280,39 @@ class Node:
                 self.mark(offset, len(data))
             self.leave()
 
+    def begin_write(
+        self,
+        offset: int,
+        data: memoryview,
+        reply: EarlyReply | None,
+        ended: Callable[[BaseException | None], None],
+    ) -> bool:
+        """Begin a write that is one system call; see route.BeginWrite.
+
+        Args:
+            offset: Bytes from the start of the node; the caller has checked the range.
+            data: As in `write`.
+            reply: As in `write_replying`.
+            ended: Called once, later, in the event loop; with the error if there is one.
+        """
+        if self.read_only or self.write_threshold or self.accounting is not None:
+            return False
+        place = self.driver.place(offset, len(data))
+        if place is None:
+            return False
+        self.in_flight += 1
+        if self.bitmaps:
+            self.mark_early(offset, len(data))
+        write = _WriteInFlight(self, offset, data, place, ended)
+        place[0].begin(write, reply, write.over)  # type: ignore[unused-awaitable]  # calls `over`
+        return True
+
+    def place(self, offset: int, length: int) -> Place | None:
+        """As Driver.place, for the node above; None where something is counted here."""
+        if self.read_only or self.bitmaps or self.write_threshold or self.accounting is not None:
+            return None
+        return self.driver.place(offset, length)
+
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool, may_unmap: bool, no_fallback: bool
     ) -> None:
@@ -472,3 +507,50 @@ class Node:
             piece = min(ZERO_PIECE, end - offset)
             await self.verbs.write(offset, _ZEROES[:piece], fua=fua)
             offset += piece
+
+
+class _WriteInFlight(Write):
+    """A write of `Node.begin_write`, and what is to be done when it ends.
+
+    Args:
+        node: It is in flight there.
+        offset: Of the write, in the node.
+        data: Of the write.
+        place: Where it goes.
+        ended: As given.
+    """
+
+    __slots__ = ("_counted", "_ended", "_file", "_node", "_offset")
+
+    def __init__(
+        self,
+        node: Node,
+        offset: int,
+        data: memoryview,
+        place: Place,
+        ended: Callable[[BaseException | None], None],
+    ) -> None:
+        self._file, self.offset, self._counted = place
+        self.fd = self._file.fd
+        self.data = data
+        self._node = node
+        self._offset = offset
+        self._ended = ended
+        if self._counted is not None:
+            self._counted.count += 1
+
+    def over(self, op: Op[None]) -> None:
+        """Let go of what it held, and tell."""
+        node = self._node
+        if self._counted is not None:
+            self._counted.count -= 1
+        if node.bitmaps:
+            node.mark(self._offset, len(self.data))
+        if node.in_flight == 1:
+            node.leave()
+        else:
+            node.in_flight -= 1
+        error = op.error
+        if error is not None and isinstance(error, OSError):
+            error = self._file.write_error(error, self.offset, len(self.data))
+        self._ended(error)

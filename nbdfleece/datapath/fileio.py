@@ -1,9 +1,11 @@
 """System calls on one open file: at once when they cannot block, in threads when they may.
 
-Three lanes per file. Small buffered writes go through one thread in order of submission: they are
+Four lanes per file. Small buffered writes go through one thread in order of submission: they are
 memory copies, and one thread that stays awake does a burst of them faster than many that wake each
-other. What waits for a disk has up to FILE_THREADS threads for reads and as many for changes: when
-writes are stuck, reads go on.
+other; by one call, where there are several (`writes`). Another thread does so with those that save
+old data to this file before: they take longer, and are begun while the event loop still works. What
+waits for a disk has up to FILE_THREADS threads for reads and as many for changes: when writes are
+stuck, reads go on.
 
 Invariants
   F1  `read_now` never blocks: it reads with RWF_NOWAIT and gives up where the kernel would wait.
@@ -22,17 +24,20 @@ import ctypes
 import errno
 import logging
 import os
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent
 from nbdfleece.base.limits import FILE_THREADS
 from nbdfleece.datapath.workers import Lane
+from nbdfleece.datapath.writes import BatchWriter, SavingWrite, Write, read_all, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nbdfleece.datapath.route import EarlyReply
+    from nbdfleece.datapath.workers import Op
+    from nbdfleece.datapath.writes import Save, SaveStates
 
 T = TypeVar("T")
 
@@ -46,35 +51,6 @@ _SMALL_WRITE: Final = 128 * 1024  # larger writes gain more from a second core t
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-Save = tuple[int, bytearray | int, bytearray, int, int]
-"""Old data to save: (offset, the old bytes or how many to read, state page, first, last)."""
-
-
-class SaveStates(NamedTuple):
-    """What `save_then_write` does to the states of clusters.
-
-    Attributes:
-        cluster: Bytes per state.
-        done: For clusters that are in the target.
-        zero: For clusters of zeroes, which are not written; None: they are, as any other.
-    """
-
-    cluster: int
-    done: int
-    zero: int | None
-
-
-class SaveError(Exception):
-    """Old data could not be saved; the new data has not been written.
-
-    Attributes:
-        error: What the system call said.
-    """
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class FileIo:
@@ -94,6 +70,7 @@ class FileIo:
         "_data_start",
         "_lost",
         "_reads",
+        "_saves",
         "_serial",
         "_writes",
         "fd",
@@ -106,7 +83,8 @@ class FileIo:
         self.fd = fd
         self.name = name
         self.readable_now = self.uses_cache = readable_now
-        self._serial = Lane(f"{name} small writes", 1)
+        self._serial = Lane(f"{name} small writes", 1, BatchWriter)
+        self._saves = Lane(f"{name} saves", 1)
         self._writes = Lane(f"{name} writes", FILE_THREADS)
         self._reads = Lane(f"{name} reads", FILE_THREADS)
         self._data_start = self._data_end = 0  # a range known to be allocated data
@@ -114,7 +92,7 @@ class FileIo:
 
     def close(self) -> None:
         """Let the threads go. Calls under way run to their end."""
-        for lane in (self._serial, self._writes, self._reads):
+        for lane in (self._serial, self._saves, self._writes, self._reads):
             lane.close()
 
     def read_now(self, offset: int, view: memoryview) -> bool:
@@ -132,7 +110,7 @@ class FileIo:
         Raises:
             IoError: The read failed; EIO when the file ends inside the range.
         """
-        await self.run(lambda: _read_all(self.fd, offset, view), "read", offset, len(view))
+        await self.run(lambda: read_all(self.fd, offset, view), "read", offset, len(view))
 
     async def write(
         self, offset: int, data: memoryview, *, fua: bool, reply: EarlyReply | None = None
@@ -145,14 +123,22 @@ class FileIo:
         try:
             if fua:
                 await self._writes.submit(
-                    lambda: self.durably(lambda flags: _write_all(fd, offset, data, flags))
+                    lambda: self.durably(lambda flags: write_all(fd, offset, data, flags))
                 )
-            elif len(data) > _SMALL_WRITE:
-                await self._writes.submit(lambda: _write_all(fd, offset, data, 0), reply)
             else:
-                await self._serial.submit(lambda: _write_all(fd, offset, data, 0), reply)
+                await self.begin(Write(fd, offset, data), reply)
         except OSError as error:
-            raise self._error(error, "write", offset, len(data)) from error
+            raise self.write_error(error, offset, len(data)) from error
+
+    def begin(
+        self,
+        write: Write,
+        reply: EarlyReply | None,
+        callback: Callable[[Op[None]], object] | None = None,
+    ) -> Op[None]:
+        """Begin a write of this file; see Lane.submit. An error of the Op is an OSError."""
+        lane = self._serial if len(write.data) <= _SMALL_WRITE else self._writes
+        return lane.submit(write, reply, callback)
 
     async def save_then_write(
         self,
@@ -180,14 +166,12 @@ class FileIo:
         # In the lane of the target: when it is stuck, writes here that need no copy must go on. And
         # reads that wait for the disk must not queue up behind each other.
         cached = all(not isinstance(old, int) for _, old, _, _, _ in saves)
-        lane = target._serial if cached and len(data) <= _SMALL_WRITE else target._writes
-        fd, target_fd = self.fd, target.fd
+        lane = target._saves if cached and len(data) <= _SMALL_WRITE else target._writes
+        write = SavingWrite(self.fd, offset, data, target.fd, saves, states)
         try:
-            await lane.submit(
-                lambda: _save_then_write(fd, target_fd, saves, states, offset, data), reply
-            )
+            await lane.submit(write, reply)
         except OSError as error:
-            raise self._error(error, "write", offset, len(data)) from error
+            raise self.write_error(error, offset, len(data)) from error
 
     async def sync(self) -> None:
         """Return when all that was written before is on stable storage (fdatasync).
@@ -309,80 +293,12 @@ class FileIo:
     def _forget_data(self) -> None:
         self._data_start = self._data_end = 0
 
+    def write_error(self, error: OSError, offset: int, length: int) -> IoError:
+        """Return what a failed write is to those who asked for it."""
+        return self._error(error, "write", offset, length)
+
     def _error(self, error: OSError, verb: str, offset: int, length: int) -> IoError:
         return IoError.from_os(error, f"'{self.name}': {verb} of {length} bytes at {offset}")
-
-
-def _read_all(fd: int, offset: int, view: memoryview) -> None:
-    while True:
-        count = os.preadv(fd, (view,), offset)
-        if count == len(view):
-            return
-        if count == 0:
-            raise OSError(errno.EIO, "the file ends here")
-        view = view[count:]
-        offset += count
-
-
-def _write_all(fd: int, offset: int, data: bytes | bytearray | memoryview, flags: int) -> None:
-    count = os.pwritev(fd, (data,), offset, flags) if flags else os.pwrite(fd, data, offset)
-    while count < len(data):
-        if count == 0:
-            raise OSError(errno.EIO, "nothing was written")
-        data = memoryview(data)[count:]
-        offset += count
-        count = os.pwritev(fd, (data,), offset, flags)
-
-
-def _save_then_write(
-    fd: int,
-    target_fd: int,
-    saves: list[Save],
-    states: SaveStates,
-    offset: int,
-    data: memoryview,
-) -> None:
-    try:
-        for at, old, page, first, last in saves:
-            if isinstance(old, int):
-                saved = bytearray(old)
-                _read_all(fd, at, memoryview(saved))
-            else:
-                saved = old
-            _save(target_fd, at, saved, page, first, last, states)
-    except OSError as error:
-        raise SaveError(error) from error
-    _write_all(fd, offset, data, 0)
-
-
-def _save(
-    fd: int, at: int, old: bytearray, page: bytearray, first: int, last: int, states: SaveStates
-) -> None:
-    """Write the clusters of `old` that are not zero, and set the states of all, run by run."""
-    cluster, start = states.cluster, 0
-    zeroes = bytes(cluster) if states.zero is not None else None
-    while first < last:
-        stop, index = start, first
-        is_zero = _is_zero(old, start, cluster, zeroes)
-        while index < last and _is_zero(old, stop, cluster, zeroes) == is_zero:
-            stop, index = stop + cluster, index + 1
-        state = states.done
-        if is_zero and states.zero is not None:
-            state = states.zero
-        else:
-            _write_all(fd, at + start, memoryview(old)[start:stop], 0)
-        # Before the new data, and behind the old: a reader that sees the state from before after
-        # it has read from the source has read old data.
-        page[first:index] = bytes((state,)) * (index - first)
-        start, first = stop, index
-
-
-def _is_zero(old: bytearray, start: int, cluster: int, zeroes: bytes | None) -> bool:
-    # The first byte decides nearly always; the slice is a copy.
-    if zeroes is None or old[start]:
-        return False
-    part = old[start : start + cluster]
-    return part == zeroes[: len(part)]
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -165,6 +165,12 @@ class Outbox:
         finally:
             self._gate.release()
 
+    def send_early(self, replies: Sequence[EarlyReply]) -> None:
+        """Send replies of this connection, if that can be; see route.EarlySender."""
+        if self.send_from_thread(b"".join([reply.data for reply in replies])):
+            for reply in replies:
+                reply.sent = True
+
     def wait_for_room(self) -> None:
         """Be blocked until the socket takes something, which TLS has of its own to send."""
         self._wait(wants_read=False)
@@ -219,36 +225,3 @@ class Outbox:
                 self._watch_stall(now)
 
         self._stall = self._loop.call_later(self._stall_s, look)
-
-
-class Early:
-    """The reply of a WRITE, for the thread that makes the write (route.EarlyReply).
-
-    Args:
-        out: Where it goes.
-        reply: The whole reply.
-
-    Attributes:
-        sent: It has been sent.
-    """
-
-    __slots__ = ("out", "reply", "sent")
-
-    def __init__(self, out: Outbox, reply: bytes) -> None:
-        self.out = out
-        self.reply = reply
-        self.sent = False
-
-    def send_with(self, others: Sequence[EarlyReply]) -> list[EarlyReply]:
-        """Send it and others of its connection, if that can be; see route.EarlyReply."""
-        together: list[Early] = [self]
-        apart: list[EarlyReply] = []
-        for other in others:
-            if isinstance(other, Early) and other.out is self.out:
-                together.append(other)
-            else:
-                apart.append(other)
-        if self.out.send_from_thread(b"".join([early.reply for early in together])):
-            for early in together:
-                early.sent = True
-        return apart

@@ -62,6 +62,8 @@ class PollingSelector(selectors.EpollSelector):
 
     def select(self, timeout: float | None = None) -> _Ready:  # type: ignore[explicit-any]
         """Return what is ready; see selectors.BaseSelector.select."""
+        if self.completions is not None:
+            self.completions.about_to_wait()
         if timeout is not None and timeout <= 0:
             return super().select(0)
         # None is handed out before we return: the number does not fall meanwhile.
@@ -100,4 +102,5 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     selector = PollingSelector()
     loop = asyncio.SelectorEventLoop(selector)
     selector.completions = completions_of(loop)
+    selector.completions.is_told_of_waits = True
     return loop

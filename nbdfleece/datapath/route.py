@@ -12,18 +12,27 @@ from typing import Protocol
 from nbdfleece.base.extent import Extent
 
 
-class EarlyReply(Protocol):
-    """Answers a WRITE, from a worker thread.
+class EarlySender(Protocol):
+    """Sends replies from a worker thread."""
 
-    Sent at most once, when the data is written and nothing is left to be done but what no client
-    can see.
+    def send_early(self, replies: Sequence[EarlyReply], /) -> None:
+        """Send replies whose `way` it is, or none of them. Never raises."""
+
+
+class EarlyReply(Protocol):
+    """The reply to a WRITE, for a worker thread to send.
+
+    When the data is written and nothing is left to be done but what no client can see.
+
+    Attributes:
+        way: Who sends it.
+        data: The whole reply.
+        sent: That has been done; it is not done again.
     """
 
-    def send_with(self, others: Sequence[EarlyReply], /) -> list[EarlyReply]:
-        """Send it, and those of `others` with it that go the same way; return the rest of them.
-
-        Never raises.
-        """
+    way: EarlySender
+    data: bytes
+    sent: bool
 
 
 StatusFunction = Callable[[int, int], Awaitable[list[Extent]]]
@@ -32,6 +41,16 @@ StatusFunction = Callable[[int, int], Awaitable[list[Extent]]]
 
 WriteReplying = Callable[[int, memoryview, EarlyReply | None], Coroutine[object, None, None]]
 """(offset, data, reply): writes; may have sent `reply` when it returns without an error."""
+
+
+BeginWrite = Callable[
+    [int, memoryview, EarlyReply | None, Callable[[BaseException | None], None]], bool
+]
+"""(offset, data, reply, ended): begins a write that is one system call and nothing else.
+
+False: it is another kind of write, and nothing has been begun. `ended` is called later, once, with
+the error if there is one, an IoError; `reply` may have been sent then if there is none.
+"""
 
 
 class IoVerbs(Protocol):
@@ -71,12 +90,13 @@ class Route:
         flags: Transmission flags as advertised, DF left out (it is the connection's).
         io: The verbs of the node behind the export.
         read_now: `io.read_now`, or a driver's own when nothing lies between.
+        begin_write: See BeginWrite; None where there are no such writes.
         write_replying: As `io.write` without FUA, with an EarlyReply for it or None; None where
             something is left to do behind each write.
         refused: Told the command of a request that is refused unseen, where somebody counts those.
     """
 
-    __slots__ = ("flags", "io", "read_now", "refused", "size", "write_replying")
+    __slots__ = ("begin_write", "flags", "io", "read_now", "refused", "size", "write_replying")
 
     def __init__(self, io: IoVerbs, *, size: int, flags: int) -> None:
         self.io = io
@@ -84,4 +104,5 @@ class Route:
         self.flags = flags
         self.read_now = io.read_now
         self.write_replying: WriteReplying | None = None
+        self.begin_write: BeginWrite | None = None
         self.refused: Callable[[int], None] | None = None

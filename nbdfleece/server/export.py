@@ -305,6 +305,7 @@ class Export:
         # `Node.read_now` does nothing but this call.
         route.read_now = node.verbs.read_now
         if not self.options.writethrough:
+            route.begin_write = node.begin_write
             route.write_replying = node.write_replying
         return route
 

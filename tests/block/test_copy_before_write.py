@@ -28,8 +28,8 @@ from nbdfleece.block.drivers.copy_before_write import (
 )
 from nbdfleece.block.graph import Graph
 from nbdfleece.block.node import Node
-from nbdfleece.datapath import fileio
 from nbdfleece.datapath import states as states_module
+from nbdfleece.datapath import writes
 from tests.support.early import Told
 from tests.support.fleecing import (
     Fleecing,
@@ -658,7 +658,7 @@ async def test_a_fault_in_the_thread_leaves_no_claim(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(fileio, "_save", fail)
+        patch.setattr(writes, "_save", fail)
         with pytest.raises(MemoryError):
             await write(fleecing.cbw, 0, b"b" * 8192)
     assert await read_all(fleecing.cbw) == disk
@@ -725,7 +725,7 @@ async def test_whenever_a_thread_settles_a_cluster_a_reader_gets_old_data(
         assert span is not None
 
         def settle(cluster: int, page=span[0], active=active, temp=temp) -> None:
-            """What fileio.save_then_write does."""
+            """What writes.SavingWrite does."""
             place = slice(cluster * 4096, (cluster + 1) * 4096)
             is_zero = not any(disk[place])
             if not is_zero:

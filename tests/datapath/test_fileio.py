@@ -15,7 +15,8 @@ import pytest
 from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent
 from nbdfleece.datapath import fileio
-from nbdfleece.datapath.fileio import FileIo, Save, SaveError, SaveStates
+from nbdfleece.datapath.fileio import FileIo
+from nbdfleece.datapath.writes import Save, SaveError, SaveStates
 from tests.reference.fileio import FileIo as PlainFileIo
 
 KiB = 1024

@@ -57,7 +57,10 @@ def test_there_is_no_looking_while_several_calls_are_in_threads(
     monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     class Calls:
-        outstanding = count
+        outstanding = 0
+
+        def about_to_wait(self) -> None:
+            self.outstanding = count  # those that are handed over now are in threads
 
     asked: list[float | None] = []
 
@@ -88,9 +91,9 @@ def test_the_loop_knows_of_calls_in_threads(monkeypatch: pytest.MonkeyPatch) -> 
         results = []
         for number in range(200):
             op = lane.submit(lambda number=number: number)  # type: ignore[misc]
-            assert found.outstanding == 1
+            assert lane.outstanding == 1
             results.append(await op)
-            assert found.outstanding == 0
+            assert lane.outstanding == found.outstanding == 0
         lane.close()
         return results
 

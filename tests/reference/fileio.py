@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from nbdfleece.base.errors import IoError
 from nbdfleece.base.extent import DATA, HOLE, ZERO, Extent, merge
-from nbdfleece.datapath.fileio import SaveStates
+from nbdfleece.datapath.writes import SaveStates
 
 
 class FileIo:

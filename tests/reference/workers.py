@@ -24,7 +24,7 @@ class Lane:
         def run() -> T:
             result = call()
             if reply is not None:
-                reply.send_with([])
+                reply.way.send_early([reply])
             return result
 
         return asyncio.get_running_loop().run_in_executor(self._pool, run)

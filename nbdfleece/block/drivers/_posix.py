@@ -34,6 +34,7 @@ from nbdfleece.datapath.workers import Lane
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from nbdfleece.block.driver import Place
     from nbdfleece.datapath.route import EarlyReply
 
 _log: Final = logging.getLogger(__name__)
@@ -286,6 +287,12 @@ class PosixDriver(Driver):
             await self._direct.write(offset, data, fua=fua)
         else:
             await self._opened().write(offset, data, fua=fua)
+
+    def place(self, offset: int, length: int) -> Place | None:
+        """Return the file, unless requests take another way (O_DIRECT)."""
+        if self._io is None or self._direct is not None:
+            return None
+        return self._io, offset, None
 
     async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
         """See Driver.write_replying."""

@@ -56,15 +56,17 @@ from nbdfleece.block import fleeced_backing
 from nbdfleece.block import permissions as perms
 from nbdfleece.block.driver import Driver, Reopening
 from nbdfleece.block.ranges import RangeList
-from nbdfleece.datapath.fileio import FileIo, Save, SaveError, SaveStates
 from nbdfleece.datapath.states import StateMap
 from nbdfleece.datapath.step import background
+from nbdfleece.datapath.writes import Save, SaveError, SaveStates
 
 if TYPE_CHECKING:
     from nbdfleece.block.bitmap import DirtyBitmap
     from nbdfleece.block.child import Child
+    from nbdfleece.block.driver import Place
     from nbdfleece.block.fleeced_backing import FleecedBacking
     from nbdfleece.block.node import Node
+    from nbdfleece.datapath.fileio import FileIo
     from nbdfleece.datapath.route import EarlyReply
 
 UNCOPIED: Final = 0
@@ -265,6 +267,12 @@ class CopyBeforeWrite(Driver):
             return
         await self._before_write(offset, len(data))
         await self._source().write(offset, data, fua=True)
+
+    def place(self, offset: int, length: int) -> Place | None:
+        """Ask below, where nothing is to be saved; see Driver.place."""
+        if self.error is None and self._states.uniform(*self._clusters(offset, length)) >= SETTLED:
+            return self._source().place(offset, length)
+        return None
 
     async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
         """As `write`; see Driver.write_replying. What follows `reply` releases claims, no more."""

@@ -23,6 +23,7 @@ from nbdfleece.block.child import Child, Role
 from nbdfleece.block.driver import Driver, Reopening
 
 if TYPE_CHECKING:
+    from nbdfleece.block.driver import Place
     from nbdfleece.block.node import Node
     from nbdfleece.datapath.route import EarlyReply
 
@@ -131,6 +132,10 @@ class RawDriver(Driver):
     async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
         """Forward; see Driver.write."""
         await self._below().write(self._offset + offset, data, fua=fua)
+
+    def place(self, offset: int, length: int) -> Place | None:
+        """Ask below; see Driver.place."""
+        return self._below().place(self._offset + offset, length)
 
     async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
         """Forward; see Driver.write_replying."""

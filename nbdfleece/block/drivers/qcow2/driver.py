@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from typing import TypeAlias
 
+    from nbdfleece.block.driver import Place
     from nbdfleece.block.node import Node
     from nbdfleece.datapath.route import EarlyReply
     from nbdfleece.formats.qcow2.tables import Run
@@ -559,6 +560,13 @@ class Qcow2Driver(Driver):
         if fua and not (is_clean and image.commit.is_clean()):
             await image.commit.run()
 
+    def place(self, offset: int, length: int) -> Place | None:
+        """Return where a write in place goes: it changes no table; see Driver.place."""
+        writer, image = self._writer, self._image
+        if writer is None or image is None or not image.is_changing:
+            return None
+        return writer.place(offset, length)
+
     async def write_replying(self, offset: int, data: memoryview, reply: EarlyReply | None) -> None:
         """See Driver.write_replying: a write in place changes no table."""
         image = self.image
@@ -569,11 +577,7 @@ class Qcow2Driver(Driver):
         epoch = image.frees.epoch
         epoch.count += 1
         try:
-            file = self._written().plain_file(host, length)
-            if file is not None:
-                await file.write(host, data, fua=False, reply=reply)
-            else:
-                await self._written().write_in_place(host, data, reply)
+            await self._written().write_in_place(host, data, reply)
         finally:
             epoch.count -= 1
 
