@@ -290,19 +290,25 @@ class Node:
         """Begin a write that is one system call; see route.BeginWrite.
 
         Args:
-            offset: Bytes from the start of the node; the caller has checked the range.
+            offset: As in `write`.
             data: As in `write`.
             reply: As in `write_replying`.
             ended: Called once, later, in the event loop; with the error if there is one.
         """
-        if self.read_only or self.write_threshold or self.accounting is not None:
+        length = len(data)
+        if (
+            self.read_only
+            or self.write_threshold
+            or self.accounting is not None
+            or offset + length > self.size  # `write` says what is wrong
+        ):
             return False
-        place = self.driver.place(offset, len(data))
+        place = self.driver.place(offset, length)
         if place is None:
             return False
         self.in_flight += 1
         if self.bitmaps:
-            self.mark_early(offset, len(data))
+            self.mark_early(offset, length)
         write = _WriteInFlight(self, offset, data, place, ended)
         place[0].begin(write, reply, write.over)  # type: ignore[unused-awaitable]  # calls `over`
         return True

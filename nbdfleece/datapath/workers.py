@@ -45,7 +45,7 @@ class Op(Generic[T_co]):
     Attributes:
         call: What it runs.
         reply: What the call is to be answered with, from its thread, if it succeeds.
-        error: What the call has raised; whoever makes it in place of `run` sets it. Behind the end.
+        error: What the call has raised, when it has ended; set by whoever makes it.
     """
 
     __slots__ = (

@@ -98,6 +98,7 @@ async def test_where_something_else_is_to_be_done_there_is_no_such_write(
     assert await written(below, 0, b"x")
     del below.bitmaps["b"]
     assert await written(node, 0, b"x")
+    assert not await written(node, MiB - 1, b"over the end")
     read_only = await file_node(graph, tmp_path / "other", MiB, read_only=True)
     assert not await written(read_only, 0, b"x")
     null = await add_plain(graph, NullDriver(size=MiB, read_zeroes=True, latency_ns=0))
