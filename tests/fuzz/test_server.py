@@ -256,7 +256,8 @@ async def let_misbehave(
             await batch(served, f"{seed} {number}", one)
             assert faults == []
         after = footprint()
-    assert served.disk.writes > batches * BATCH / 4, "most never came to transmission"
+    # Few mutated sessions come so far, and what a seed does varies: 183 to 1,024 in 14 runs of 800.
+    assert served.disk.writes > batches * BATCH / 10, "nearly none came to transmission"
     assert after[:2] == before[:2]
     assert after[2] - before[2] < 1000 + batches * BATCH // 50
     assert served.drivers["frozen"].data == pattern(len(served.drivers["frozen"].data))
