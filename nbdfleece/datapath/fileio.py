@@ -2,8 +2,9 @@
 
 Four lanes per file. Small buffered writes go through one thread in order of submission: they are
 memory copies, and one thread that stays awake does a burst of them faster than many that wake each
-other; by one call, where there are several (`writes`). Another thread does so with those that save
-old data to this file before: they take longer, and are begun while the event loop still works. What
+other. Those that are nothing else than that (`begin`) have a thread of their own, and are made by
+one call where there are several (`writes`). The others save old data to this file before, or are
+the first in their place: they take longer, and are begun while the event loop still works. What
 waits for a disk has up to FILE_THREADS threads for reads and as many for changes: when writes are
 stuck, reads go on.
 
@@ -66,11 +67,11 @@ class FileIo:
     """
 
     __slots__ = (
+        "_batches",
         "_data_end",
         "_data_start",
         "_lost",
         "_reads",
-        "_saves",
         "_serial",
         "_writes",
         "fd",
@@ -83,8 +84,8 @@ class FileIo:
         self.fd = fd
         self.name = name
         self.readable_now = self.uses_cache = readable_now
-        self._serial = Lane(f"{name} small writes", 1, BatchWriter)
-        self._saves = Lane(f"{name} saves", 1)
+        self._batches = Lane(f"{name} writes in place", 1, BatchWriter)
+        self._serial = Lane(f"{name} small writes", 1)
         self._writes = Lane(f"{name} writes", FILE_THREADS)
         self._reads = Lane(f"{name} reads", FILE_THREADS)
         self._data_start = self._data_end = 0  # a range known to be allocated data
@@ -92,7 +93,7 @@ class FileIo:
 
     def close(self) -> None:
         """Let the threads go. Calls under way run to their end."""
-        for lane in (self._serial, self._saves, self._writes, self._reads):
+        for lane in (self._batches, self._serial, self._writes, self._reads):
             lane.close()
 
     def read_now(self, offset: int, view: memoryview) -> bool:
@@ -126,7 +127,8 @@ class FileIo:
                     lambda: self.durably(lambda flags: write_all(fd, offset, data, flags))
                 )
             else:
-                await self.begin(Write(fd, offset, data), reply)
+                lane = self._serial if len(data) <= _SMALL_WRITE else self._writes
+                await lane.submit(Write(fd, offset, data), reply)
         except OSError as error:
             raise self.write_error(error, offset, len(data)) from error
 
@@ -136,8 +138,11 @@ class FileIo:
         reply: EarlyReply | None,
         callback: Callable[[Op[None]], object] | None = None,
     ) -> Op[None]:
-        """Begin a write of this file; see Lane.submit. An error of the Op is an OSError."""
-        lane = self._serial if len(write.data) <= _SMALL_WRITE else self._writes
+        """Begin a write that is nothing else than that; see Lane.submit.
+
+        An error of the Op is an OSError.
+        """
+        lane = self._batches if len(write.data) <= _SMALL_WRITE else self._writes
         return lane.submit(write, reply, callback)
 
     async def save_then_write(
@@ -166,7 +171,7 @@ class FileIo:
         # In the lane of the target: when it is stuck, writes here that need no copy must go on. And
         # reads that wait for the disk must not queue up behind each other.
         cached = all(not isinstance(old, int) for _, old, _, _, _ in saves)
-        lane = target._saves if cached and len(data) <= _SMALL_WRITE else target._writes
+        lane = target._serial if cached and len(data) <= _SMALL_WRITE else target._writes
         write = SavingWrite(self.fd, offset, data, target.fd, saves, states)
         try:
             await lane.submit(write, reply)

@@ -63,7 +63,9 @@ async def stuck(
     scene: Scene, guest: NbdClient, ranges: list[tuple[int, int]]
 ) -> AsyncIterator[Waiting]:
     """Freeze, and send writes that need a copy; returns when the daemon has them."""
-    before = await in_flight(scene.daemon)
+    # A write may be answered a moment before the daemon sees that it is over.
+    while await in_flight(scene.daemon):  # noqa: ASYNC110 - it is asked over a socket
+        await asyncio.sleep(0)
     with scene.temp.frozen():
         waiting = [
             await guest.submit(c.NBD_CMD_WRITE, offset, length, data=b"\xee" * length)
@@ -72,8 +74,7 @@ async def stuck(
         # Where there is a timeout, a write may be over before it has been seen in flight.
         await eventually(
             lambda: (
-                any(write.done() for write in waiting)
-                or has_in_flight(scene.daemon, before + len(waiting))
+                any(write.done() for write in waiting) or has_in_flight(scene.daemon, len(waiting))
             ),
             10,
         )
