@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.base.units import KiB
+from nbdfleece.datapath.pump import Pump
 from nbdfleece.datapath.stream import receive, send_all
 from nbdfleece.datapath.tls import TlsStream
 from nbdfleece.protocol.nbd import constants as c
@@ -243,21 +244,37 @@ def footprint() -> tuple[int, int, int]:
     return len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks()), blocks
 
 
+@contextlib.contextmanager
+def counted_transmissions() -> Iterator[Callable[[], int]]:
+    """Count the connections that come to transmission; the function tells how many have."""
+    real, count = Pump.start, 0
+
+    def start(pump: Pump) -> None:
+        nonlocal count
+        count += 1
+        real(pump)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pump, "start", start)
+        yield lambda: count
+
+
 async def let_misbehave(
     served: Served, seed: int, faults: list[str], one: Misbehaviour, *, batches: int
 ) -> None:
     """Let many clients misbehave, beside one that does not; see what it leaves behind."""
     served.disk._rng = random.Random(seed)  # its requests take a while
-    async with witness(served, random.Random(seed)):
-        await batch(served, f"{seed} warm", one)
-        assert faults == []
-        before = footprint()
-        for number in range(batches):
-            await batch(served, f"{seed} {number}", one)
+    with counted_transmissions() as transmissions:
+        async with witness(served, random.Random(seed)):
+            await batch(served, f"{seed} warm", one)
             assert faults == []
-        after = footprint()
-    # Few mutated sessions come so far, and what a seed does varies: 183 to 1,024 in 14 runs of 800.
-    assert served.disk.writes > batches * BATCH / 10, "nearly none came to transmission"
+            before, warm = footprint(), transmissions()
+            for number in range(batches):
+                await batch(served, f"{seed} {number}", one)
+                assert faults == []
+            after = footprint()
+    assert transmissions() - warm > batches * BATCH / 4, "most never came to transmission"
+    assert served.disk.writes > 0
     assert after[:2] == before[:2]
     assert after[2] - before[2] < 1000 + batches * BATCH // 50
     assert served.drivers["frozen"].data == pattern(len(served.drivers["frozen"].data))
