@@ -136,7 +136,7 @@ class FileIo:
         self,
         write: Write,
         reply: EarlyReply | None,
-        callback: Callable[[Op[None]], object] | None = None,
+        callback: Callable[[Op[None]], object],
     ) -> Op[None]:
         """Begin a write that is nothing else than that; see Lane.submit.
 

@@ -264,7 +264,7 @@ class Batches(Protocol):
     """Makes calls of a lane many at a time, in its thread."""
 
     def run(self, ops: Sequence[Op[object]], /) -> None:
-        """Make the calls of ops, which return nothing; set `error` of those that failed."""
+        """Make the calls of 2 to MAX_BATCH ops, which return nothing; set `error` of the failed."""
 
     def close(self) -> None:
         """End; the thread ends."""

@@ -215,14 +215,11 @@ class BatchWriter:
         self._pointers_at = _address(self._pointers)
 
     def run(self, ops: Sequence[Op[object]]) -> None:
-        """Make the Writes that some ops are for; the ops get the errors that calls would raise."""
+        """Make the Writes that ops are for, MAX_BATCH at most; see workers.Batches."""
         writes = cast("list[Write]", [op.call for op in ops])
-        for start in range(0, len(writes), MAX_BATCH):
-            part = writes[start : start + MAX_BATCH]
-            is_batch = len(part) > 1 and self._is_ready()
-            rest = self._submit(part) if is_batch else dict.fromkeys(range(len(part)), 0)
-            for index, count in rest.items():
-                ops[start + index].error = _finish(part[index], count)
+        rest = self._submit(writes) if self._is_ready() else dict.fromkeys(range(len(ops)), 0)
+        for index, count in rest.items():
+            ops[index].error = _finish(writes[index], count)
 
     def close(self) -> None:
         """Give back what the kernel keeps for it."""
